@@ -1,0 +1,214 @@
+"""Bytes from disk into memory that already exists. Sees spans, never experts."""
+
+import errno
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import ReadError
+from .checkpoint import Span
+
+Job = tuple[Span, memoryview]
+
+MAX_RUN_BYTES = 8 << 20  # one read request: large enough for any disk, small enough to share out
+MAX_RUN_BUFFERS = 512  # half of the usual IOV_MAX
+INLINE_BYTES = 256 << 10  # below this, waking a thread costs more than reading
+
+
+class Reader(Protocol):
+    """Fills buffers from spans. ``bytes_read`` and ``read_s`` count since it was made."""
+
+    bytes_read: int
+    read_s: float
+
+    def read_into(self, jobs: Sequence[Job]) -> None:
+        """Fill every buffer from its span. Return when all are full.
+
+        Raises:
+            ReadError: If any span cannot be read whole. No buffer is written after
+                that, but any of them may be partly filled.
+        """
+
+    def close(self) -> None:
+        """Give back files and threads."""
+
+
+class _Batch:
+    """The requests of one call. Handed out one by one, until all are done or one fails."""
+
+    def __init__(self, runs: Iterable[list[Job]]):
+        self._runs = deque(runs)
+        self._reading = 0
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def take(self) -> list[Job] | None:
+        with self._changed:
+            if not self._runs:
+                return None
+            self._reading += 1
+            return self._runs.popleft()
+
+    def done(self) -> None:
+        with self._changed:
+            self._reading -= 1
+            self._changed.notify_all()
+
+    def drop(self) -> None:
+        with self._changed:
+            self._runs.clear()
+
+    def wait_idle(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._reading == 0)
+
+
+class PreadReader:
+    """Parallel ``preadv`` through the page cache, adjacent spans merged.
+
+    Files are opened here and stay open: deleting one while a model runs does no harm,
+    and one that changed since is noticed after every read and refused.
+
+    Args:
+        paths (Iterable[Path]): The files that spans may name.
+        threads (int): Reads in flight. A disk wants a queue, not a stream.
+    """
+
+    def __init__(self, paths: Iterable[Path], threads: int = 8):
+        self.bytes_read = 0
+        self.read_s = 0.0
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="mlx-flash-read")
+        self._files: dict[Path, int] = {}
+        self._stamps: dict[Path, tuple[int, int]] = {}
+        self._lock = threading.Lock()
+        try:
+            for path in paths:
+                self._files[path] = fd = _open(path)
+                self._stamps[path] = _stamp(fd)
+        except ReadError:
+            self.close()
+            raise
+
+    def read_into(self, jobs: Sequence[Job]) -> None:
+        start = time.perf_counter()
+        total = sum(span.nbytes for span, _ in jobs)
+        batch = _Batch(_merge(jobs))
+        if len(batch) == 1 or total <= INLINE_BYTES:
+            self._drain(batch)
+        else:
+            self._drain_in_parallel(batch)
+        for path in {span.path for span, _ in jobs}:
+            if _stamp(self._files[path]) != self._stamps[path]:
+                raise ReadError(
+                    errno.ESTALE, "changed on disk since it was loaded; load the model again", path
+                )
+        with self._lock:
+            self.bytes_read += total
+            self.read_s += time.perf_counter() - start
+
+    def _drain_in_parallel(self, batch: _Batch) -> None:
+        threads = min(self._threads, len(batch))
+        try:
+            futures = [self._pool.submit(self._drain, batch) for _ in range(threads)]
+            for future in futures:
+                future.result()
+        except BaseException:
+            # A read still in flight would write into a slot after it was given away. Not
+            # left to the futures: an interrupt within submit() loses the one it made.
+            batch.drop()
+            batch.wait_idle()
+            raise
+
+    def _drain(self, batch: _Batch) -> None:
+        while run := batch.take():
+            try:
+                self._read(run)
+            except BaseException:
+                batch.drop()
+                raise
+            finally:
+                batch.done()
+
+    def _read(self, run: list[Job]) -> None:
+        path, offset = run[0][0].path, run[0][0].offset
+        buffers = [buffer for _, buffer in run]
+        while buffers:
+            try:
+                n = os.preadv(self._files[path], buffers, offset)
+            except OSError as error:
+                raise ReadError(
+                    error.errno,
+                    f"{os.strerror(error.errno or errno.EIO)} at byte {offset}; check the disk",
+                    path,
+                ) from error
+            if n == 0:
+                missing = sum(len(buffer) for buffer in buffers)
+                raise ReadError(
+                    errno.ENODATA,
+                    f"ends at byte {offset}, {missing} bytes short; download it again",
+                    path,
+                )
+            offset += n
+            buffers = _after(buffers, n)
+
+    def close(self) -> None:
+        self._pool.shutdown()
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ReadError(error.errno, f"cannot be opened: {error.strerror}", path) from error
+
+
+def _stamp(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns
+
+
+def _merge(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Runs of jobs whose spans follow one another in one file, in file order."""
+    runs: list[list[Job]] = []
+    run_bytes = 0
+    full = [job for job in jobs if job[0].nbytes]  # a read of nothing looks like an end of file
+    for job in sorted(full, key=lambda job: (job[0].path, job[0].offset)):
+        span = job[0]
+        last = runs[-1][-1][0] if runs else None
+        adjacent = (
+            last is not None
+            and last.path == span.path
+            and last.offset + last.nbytes == span.offset
+            and run_bytes + span.nbytes <= MAX_RUN_BYTES
+            and len(runs[-1]) < MAX_RUN_BUFFERS
+        )
+        if adjacent:
+            runs[-1].append(job)
+            run_bytes += span.nbytes
+        else:
+            runs.append([job])
+            run_bytes = span.nbytes
+    return runs
+
+
+def _after(buffers: list[memoryview], n: int) -> list[memoryview]:
+    """What is left to fill once the first ``n`` bytes have arrived."""
+    for i, buffer in enumerate(buffers):
+        if n < len(buffer):
+            return [buffer[n:], *buffers[i + 1 :]]
+        n -= len(buffer)
+    return []
+
+
+READERS: dict[str, Callable[[Iterable[Path], int], Reader]] = {"pread": PreadReader}

@@ -1,0 +1,110 @@
+"""The contract of every policy, and each policy against a naive model of its name."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from patience import PATIENT
+
+from mlx_flash.streaming.eviction import LFU, LRU, POLICIES, EvictionPolicy
+
+EXPERTS = st.integers(0, 4)
+# A use of an expert, or an eviction with some pinned.
+STEPS = st.lists(EXPERTS | st.sets(EXPERTS, max_size=3), max_size=60)
+
+
+class Naive:
+    """Remembers every use, and looks through all of them to choose."""
+
+    def __init__(self) -> None:
+        self.uses: list[int] = []
+        self.resident: set[int] = set()
+
+    def use(self, expert: int) -> None:
+        self.uses.append(expert)
+        self.resident.add(expert)
+
+    def last_use(self, expert: int) -> int:
+        return max(i for i, used in enumerate(self.uses) if used == expert)
+
+    def lru(self, pinned: set[int]) -> int:
+        return min(self.resident - pinned, key=self.last_use)
+
+    def lfu(self, pinned: set[int]) -> int:
+        counts = Counter(self.uses)
+        return min(self.resident - pinned, key=lambda e: (counts[e], self.last_use(e)))
+
+
+MODELS = {"lru": Naive.lru, "lfu": Naive.lfu}
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@settings(PATIENT, max_examples=200)
+@given(steps=STEPS)
+def test_evicts_residents_as_its_model_would(name: str, steps: list[int | set[int]]) -> None:
+    policy, naive = POLICIES[name](), Naive()
+    for step in steps:
+        if isinstance(step, int):
+            (policy.touch if step in naive.resident else policy.insert)(step)
+            naive.use(step)
+        elif could := naive.resident - step:
+            victim = policy.evict(step)
+            assert victim in could
+            if name in MODELS:
+                assert victim == MODELS[name](naive, step)
+            naive.resident.discard(victim)
+    left = naive.resident
+    assert {policy.evict(set()) for _ in left} == left  # each resident once, and all of them
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_one_that_is_not_pinned(name: str) -> None:
+    policy = POLICIES[name]()
+    for expert in range(5):
+        policy.insert(expert)
+    for expert in (4, 2, 2, 0):
+        policy.touch(expert)
+    for expert in range(5):
+        assert policy.evict(set(range(5)) - {expert}) == expert
+        policy.insert(expert)
+
+
+def drain(policy: EvictionPolicy, count: int) -> list[int]:
+    return [policy.evict(set()) for _ in range(count)]
+
+
+def test_lru_order() -> None:
+    policy = LRU()
+    for expert in (1, 2, 3, 4):
+        policy.insert(expert)
+    policy.touch(1)
+    policy.touch(3)
+    assert drain(policy, 4) == [2, 4, 1, 3]
+
+
+def test_lfu_order_and_memory_of_the_evicted() -> None:
+    policy = LFU()
+    for expert in (1, 2, 3):
+        policy.insert(expert)
+    policy.touch(1)
+    policy.touch(1)
+    policy.touch(3)
+    assert drain(policy, 3) == [2, 3, 1]
+    for expert in (1, 4, 3):  # 1 was used four times by now, 3 three times
+        policy.insert(expert)
+    assert drain(policy, 3) == [4, 3, 1]
+    policy = LFU()
+    for expert in (1, 2):
+        policy.insert(expert)
+    for expert in (2, 1):
+        policy.touch(expert)
+    assert drain(policy, 2) == [2, 1]  # equals: the one used longest ago
+
+
+def test_registry_makes_a_new_policy_each_time() -> None:
+    for make in POLICIES.values():
+        make().insert(1)
+        second = make()
+        second.insert(2)
+        assert second.evict(set()) == 2
