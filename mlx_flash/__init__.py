@@ -1,0 +1,25 @@
+"""mlx-flash: Mixture-of-Experts models larger than RAM, token for token as mlx-lm.
+
+model, tokenizer = mlx_flash.load("path/or/repo", ram="8GB")
+"""
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from .config import StreamConfig
+
+if TYPE_CHECKING:
+    from .loader import load, plan
+
+__all__ = ["StreamConfig", "__version__", "load", "plan"]
+
+__version__ = version("mlx-flash")
+
+
+def __getattr__(name: str) -> Any:
+    # mlx-lm takes over a second to import. What does not need it should not wait.
+    if name in ("load", "plan"):
+        from . import loader
+
+        return getattr(loader, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,24 @@
+"""Qwen3.5 MoE: gated delta nets, every fourth layer full attention, MoE in all."""
+
+from ..streaming.checkpoint import Checkpoint, Span
+from . import Architecture
+
+
+class Qwen35Moe(Architecture):
+    """Streams MLX layout, and Hugging Face layout with gate and up fused in one tensor."""
+
+    def spans(self, checkpoint: Checkpoint, name: str, experts: int) -> list[Span]:
+        if name in checkpoint:
+            return super().spans(checkpoint, name, experts)
+        # Hugging Face: gate_up_proj [experts, 2 * mid, in], gate first; down_proj beside it.
+        hf = name.replace("language_model.model", "model.language_model")
+        block, _, tail = hf.partition("switch_mlp.")
+        if tail == "down_proj.weight":
+            return checkpoint[f"{block}experts.down_proj"].rows()
+        if tail in ("gate_proj.weight", "up_proj.weight"):
+            fused = checkpoint[f"{block}experts.gate_up_proj"].rows()
+            return [row.split(2)[tail == "up_proj.weight"] for row in fused]
+        return super().spans(checkpoint, name, experts)
+
+
+architecture = Qwen35Moe()

@@ -1,0 +1,246 @@
+"""Composition root: mlx-lm's model, its routed experts left on disk."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .config import StreamConfig
+from .errors import CheckpointError
+from .hub import resolve
+from .kernels.dense_switch import needs_dense, use_dense
+from .machine import Machine, rss_bytes
+from .opening import LazyModel, open_lazily, open_tokenizer
+from .streaming.checkpoint import Span
+from .streaming.eviction import POLICIES
+from .streaming.model import StreamedModel, as_streamed
+from .streaming.plan import (
+    FixedCosts,
+    Plan,
+    check_budget,
+    fixed_slots,
+    floor_bytes,
+    share_slots,
+)
+from .streaming.reader import READERS, Reader
+from .streaming.store import ExpertStore
+from .streaming.switch import StreamedSwitch
+
+Progress = Callable[[int, int], None]
+"""Called with bytes of resident weights loaded so far, and in all."""
+
+MIN_PREFILL_TOKENS = 32
+SCRATCH_SHARE = 0.25  # of what experts and scratch have together
+BUFFER_CACHE_BYTES = (32 << 20, 1 << 30)  # from MLX's own default on CPU to enough for a GPU
+BUFFER_CACHE_SHARE = 1 / 64
+OVERHEAD_BYTES = 32 << 20  # stacks of reader threads, fragments of the allocator
+
+
+def load(
+    path_or_repo: str | Path,
+    ram: str | int = "auto",
+    slots: int | None = None,
+    policy: str = "lru",
+    reader: str = "pread",
+    *,
+    context: int = StreamConfig.context,
+    prefill_step_size: int = StreamConfig.prefill_step_size,
+    read_threads: int = StreamConfig.read_threads,
+    revision: str | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a model whose routed experts stream from disk, within a RAM budget.
+
+    What it returns goes where ``mlx_lm.load``'s result goes, with the same tokens out.
+
+    Args:
+        path_or_repo: A model folder, or a Hub repository such as ``owner/name``.
+        ram: Ceiling on the whole process at its peak: bytes, ``8GB``, ``60%``, ``auto``.
+        slots: Experts in RAM per layer, instead of what the budget gives.
+        policy: Which expert gives up its slot: ``lru`` or ``lfu``.
+        reader: How bytes come from disk: ``pread``.
+        context: Tokens of context that the budget leaves room for.
+        prefill_step_size: Most prompt tokens to compute at a time.
+        read_threads: Reads in flight.
+        revision: Branch, tag or commit of a Hub repository.
+        tokenizer_config: As in ``mlx_lm.load``.
+        model_config: As in ``mlx_lm.load``.
+        adapter_path: LoRA weights for layers that are not routed experts.
+        trust_remote_code: Run Python that a checkpoint brings. Off, as it should be.
+        progress: Called while resident weights load.
+
+    Returns:
+        The mlx-lm model, with ``plan``, ``stats()`` and ``close()`` added, and its tokenizer.
+
+    Raises:
+        FlashError: If the model is missing, damaged or unknown, or the budget too small.
+    """
+    config = StreamConfig(
+        ram=ram,
+        slots=slots,
+        context=context,
+        prefill_step_size=prefill_step_size,
+        policy=policy,
+        reader=reader,
+        read_threads=read_threads,
+    )
+    folder = resolve(path_or_repo, revision)
+    lazy = open_lazily(folder, model_config, adapter_path, trust_remote_code)
+    tokenizer = open_tokenizer(folder, tokenizer_config, trust_remote_code)
+    return stream(lazy, config, progress), tokenizer
+
+
+def plan(path_or_repo: str | Path, **knobs: Any) -> Plan:
+    """What ``load`` would do with the same knobs, without reading a weight.
+
+    Args:
+        path_or_repo: A model folder, or a Hub repository.
+        **knobs: Fields of ``StreamConfig``: ``ram="8GB"``, ``context=32768``, ...
+
+    Raises:
+        FlashError: As ``load`` would.
+    """
+    return make_plan(open_lazily(resolve(path_or_repo)), StreamConfig(**knobs))
+
+
+def make_plan(lazy: LazyModel, knobs: StreamConfig) -> Plan:
+    """Divide the budget. Measures this process, reads nothing.
+
+    Raises:
+        BudgetError: If the budget is below the floor.
+    """
+    ram_bytes = Machine.probe().budget(knobs.ram)
+    layers = lazy.layers
+    need = floor_bytes(layers)
+    if knobs.slots is not None:
+        wanted = fixed_slots(knobs.slots, layers)
+        need = sum(n * layers[path].nbytes_each for path, n in wanted.items())
+    resident = sum(a.nbytes for _, a in tree_flatten(lazy.model.parameters()))
+    resident -= sum(e.nbytes for e in layers.values())
+    bare = FixedCosts(
+        process_bytes=rss_bytes(),
+        resident_bytes=resident,
+        state_bytes=lazy.architecture.state_bytes(lazy.model, knobs.context),
+        scratch_bytes=_buffer_cache_bytes(ram_bytes) + OVERHEAD_BYTES,
+    )
+    tokens, fixed = _prefill(lazy, knobs, bare, ram_bytes - bare.nbytes - need)
+    check_budget(ram_bytes, fixed, need, _remedy(knobs))
+    if knobs.slots is None:
+        wanted = share_slots(ram_bytes - fixed.nbytes, layers)
+    return Plan(ram_bytes, knobs.context, tokens, fixed, layers, wanted)
+
+
+def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = None) -> StreamedModel:
+    """Plan, put slots where experts were, and read what stays.
+
+    Raises:
+        FlashError: If the budget is too small, or bytes cannot be read.
+    """
+    decided = make_plan(lazy, knobs)
+    mx.set_cache_limit(_buffer_cache_bytes(decided.ram_bytes))
+    paths = {info.span.path for info in lazy.checkpoint.values()}
+    reader = READERS[knobs.reader](sorted(paths), knobs.read_threads)
+    try:
+        stores = _swap(lazy, decided, knobs, reader)
+        _read_residents(lazy.model, progress)
+    except BaseException:
+        reader.close()
+        raise
+    return as_streamed(lazy.model, decided, reader, stores)
+
+
+def _swap(
+    lazy: LazyModel, decided: Plan, knobs: StreamConfig, reader: Reader
+) -> tuple[ExpertStore, ...]:
+    stores, swapped = [], []
+    for path, switch in lazy.switches.items():
+        if needs_dense(switch):
+            use_dense(switch)
+        if not decided.streams(path):
+            continue  # it all fits: the stock layer stays, no sync, no lookup
+        spans = _spans(lazy, path, switch)
+        slots = _shrink(lazy.architecture.parameters(switch), switch, decided.slots[path])
+        store = ExpertStore(spans, slots, POLICIES[knobs.policy](), reader)
+        stores.append(store)
+        swapped.append((path, StreamedSwitch(switch, store)))
+    lazy.model.update_modules(tree_unflatten(swapped))
+    return tuple(stores)
+
+
+def _spans(lazy: LazyModel, path: str, switch: nn.Module) -> dict[str, list[Span]]:
+    """Where the experts of one layer lie, each checked against the slot it must fill."""
+    spans = {}
+    for name, array in lazy.architecture.parameters(switch).items():
+        count = array.shape[0]
+        found = lazy.architecture.spans(lazy.checkpoint, f"{path}.{name}", count)
+        if len(found) != count or any(s.nbytes * count != array.nbytes for s in found):
+            raise CheckpointError(
+                f"{path}.{name}: an expert on disk is not {array.nbytes // count} bytes in each "
+                f"of {count}, as {array.dtype} {array.shape} needs. This layout needs a "
+                "conversion with mlx_lm.convert."
+            )
+        spans[name] = found
+    return spans
+
+
+def _shrink(
+    parameters: Mapping[str, mx.array], switch: nn.Module, num_slots: int
+) -> dict[str, mx.array]:
+    """Replace [experts, ...] weights by [num_slots, ...] zeros, in place."""
+    slots = {name: mx.zeros((num_slots, *w.shape[1:]), w.dtype) for name, w in parameters.items()}
+    mx.eval(slots)
+    switch.update(tree_unflatten(list(slots.items())))
+    return slots
+
+
+def _read_residents(model: nn.Module, progress: Progress | None) -> None:
+    """Evaluate what stays in RAM, arrays that are no parameters included."""
+    arrays = [a for _, m in model.named_modules() for a in _own_arrays(m)]
+    total, done = sum(a.nbytes for a in arrays), 0
+    for array in arrays:
+        mx.eval(array)
+        done += array.nbytes
+        if progress is not None:
+            progress(done, total)
+
+
+def _own_arrays(module: nn.Module) -> Iterator[mx.array]:
+    for value in module.values():
+        if not isinstance(value, nn.Module):
+            for _, leaf in tree_flatten(value, is_leaf=nn.Module.is_module):
+                if isinstance(leaf, mx.array):
+                    yield leaf
+
+
+def _prefill(
+    lazy: LazyModel, knobs: StreamConfig, bare: FixedCosts, left: int
+) -> tuple[int, FixedCosts]:
+    """The largest prompt chunk whose scratch leaves most of the budget to experts."""
+    tokens = min(knobs.prefill_step_size, max(knobs.context, 1))
+    while True:
+        scratch = lazy.architecture.scratch_bytes(lazy.model, lazy.config, tokens, knobs.context)
+        if tokens <= MIN_PREFILL_TOKENS or scratch <= left * SCRATCH_SHARE:
+            return tokens, replace(bare, scratch_bytes=bare.scratch_bytes + scratch)
+        tokens = max(MIN_PREFILL_TOKENS, tokens // 2)
+
+
+def _buffer_cache_bytes(ram_bytes: int) -> int:
+    least, most = BUFFER_CACHE_BYTES
+    return min(max(int(ram_bytes * BUFFER_CACHE_SHARE), least), most)
+
+
+def _remedy(knobs: StreamConfig) -> str:
+    ways = ["raise --ram"]
+    if knobs.slots is not None:
+        ways.append("lower --slots")
+    ways.append(f"lower --context (now {knobs.context})")
+    return f"{', '.join(ways[:-1])} or {ways[-1]}.".capitalize()

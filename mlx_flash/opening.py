@@ -1,0 +1,164 @@
+"""A model folder, checked and built without reading a weight."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_adapters, load_model, load_tokenizer
+
+from . import architectures
+from .architectures import Architecture
+from .errors import (
+    CheckpointError,
+    FlashError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+    UsageError,
+)
+from .streaming.checkpoint import Checkpoint, read_json
+from .streaming.plan import LayerExperts
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+MISFITS = (
+    ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LazyModel:
+    """A model that is built and not yet read, with what its experts look like."""
+
+    checkpoint: Checkpoint
+    config: dict[str, Any]
+    architecture: Architecture
+    model: nn.Module
+    switches: dict[str, nn.Module]
+    layers: dict[str, LayerExperts]
+
+
+def open_tokenizer(
+    folder: Path, tokenizer_config: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> TokenizerWrapper:
+    """The tokenizer of a model folder, as ``mlx_lm.load`` makes it."""
+    if not any(True for name in VOCABULARIES for _ in folder.glob(name)):
+        raise CheckpointError(f"{folder} has no tokenizer.json. Finish the download.")
+    extra = {"trust_remote_code": trust_remote_code, **(tokenizer_config or {})}
+    eos = _model_config(folder).get("eos_token_id")
+    try:
+        return load_tokenizer(folder, extra, eos_token_ids=eos)
+    except Exception as error:  # the Rust of it raises no narrower one
+        raise CheckpointError(
+            f"{folder} has no tokenizer that loads ({_brief(error)}). Download it again."
+        ) from error
+
+
+def open_lazily(
+    folder: Path,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
+    trust_remote_code: bool = False,
+) -> LazyModel:
+    """Check every header, then build the model without reading a weight.
+
+    Raises:
+        FlashError: If anything about the folder is not as it should be.
+    """
+    if not folder.is_dir():
+        raise ModelNotFoundError(f"{folder}: no such model folder. Check the path.")
+    config = _model_config(folder)
+    architecture = architectures.lookup(config.get("model_type"))
+    checkpoint = Checkpoint(folder)
+    try:
+        _check_activations(config, model_config)
+        model, config = load_model(
+            folder, lazy=True, model_config=model_config, trust_remote_code=trust_remote_code
+        )
+        _check_dtypes(folder, model)
+        switches = dict(architecture.switches(model))
+        layers = {path: architecture.experts(config, s) for path, s in switches.items()}
+        architecture.scratch_bytes(model, config, tokens=1, context=1)  # builds a graph
+    except FlashError:
+        raise
+    except MISFITS as error:
+        raise CheckpointError(
+            f"{folder}: config.json and the weights do not fit together ({_brief(error)}). "
+            "Download the model again, or convert it with mlx_lm.convert."
+        ) from error
+    if not switches:
+        raise UnsupportedModelError(
+            f"{folder} has no routed experts to stream. Use mlx_lm for it, if it fits in RAM."
+        )
+    if adapter_path is not None:
+        _adapt(model, switches, adapter_path)
+    return LazyModel(checkpoint, config, architecture, model, switches, layers)
+
+
+def _adapt(model: nn.Module, switches: dict[str, nn.Module], adapter_path: str) -> None:
+    before = _weights(switches)
+    try:
+        load_adapters(model, adapter_path).eval()
+    except MISFITS as error:
+        raise UsageError(
+            f"--adapter-path {adapter_path}: no adapter of mlx-lm that fits this model "
+            f"({_brief(error)}). Check the path, or train it for this model."
+        ) from error
+    if _weights(switches) != before:
+        raise UnsupportedModelError(
+            f"--adapter-path {adapter_path} changes routed experts, which stream as they are on "
+            "disk. Fuse it into the model with mlx_lm.fuse first."
+        )
+
+
+def _weights(switches: dict[str, nn.Module]) -> dict[str, int]:
+    """Which array is where: the same dict as long as none is another."""
+    return {name: id(array) for name, array in tree_flatten(switches)}
+
+
+def _check_activations(config: dict[str, Any], extra: dict[str, Any] | None) -> None:
+    mode = config.get("quantization", {}).get("mode", "affine")
+    if (extra or {}).get("quantize_activations") and mode not in ("nvfp4", "mxfp8"):
+        raise UnsupportedModelError(
+            f"--quantize-activations needs weights in nvfp4 or mxfp8, not {mode}. Leave it out."
+        )
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(f"{folder / 'config.json'} names no model_type. Download it again.")
+    generation = folder / "generation_config.json"
+    if generation.exists() and "eos_token_id" in (extra := read_json(generation)):
+        config["eos_token_id"] = extra["eos_token_id"]
+    return config
+
+
+def _check_dtypes(folder: Path, model: nn.Module) -> None:
+    """Quantized words are uint32, everything that is computed with is a float."""
+    for path, module in model.named_modules():
+        packed = hasattr(module, "scales") and hasattr(module, "bits")
+        for name, array in module.items():
+            if not isinstance(array, mx.array):
+                continue
+            if packed and name == "weight":
+                right = array.dtype == mx.uint32
+            else:
+                right = mx.issubdtype(array.dtype, mx.floating) or (
+                    packed and name == "scales" and array.dtype == mx.uint8
+                )
+            if not right:
+                raise CheckpointError(
+                    f"{folder}: {path}.{name} has dtype {array.dtype}, which the model cannot "
+                    "compute with. Download the model again, or convert it with mlx_lm.convert."
+                )
+
+
+def _brief(error: BaseException) -> str:
+    """The beginning of what a library says, in one line."""
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[:2])[:160].rstrip(".:, ")

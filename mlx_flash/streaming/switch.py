@@ -1,0 +1,85 @@
+"""The seam: an mlx-lm switch layer whose expert axis holds slots.
+
+This is the reference path: one read of the router's indices per streamed layer, on any
+build of MLX. Slot ids are data, so the stock layer computes on them unchanged.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from .store import ExpertStore
+
+LARGE_OUTPUT_BYTES = 1 << 20
+
+
+class StreamedSwitch(nn.Module):
+    """Run an mlx-lm switch layer over the experts that are in its slots.
+
+    Stands where ``SwitchGLU`` or ``SwitchMLP`` stood and answers the same call.
+
+    Args:
+        switch (nn.Module): The mlx-lm layer, its weights [num_slots, ...].
+        store (ExpertStore): Brings routed experts into those slots.
+    """
+
+    def __init__(self, switch: nn.Module, store: ExpertStore):
+        super().__init__()
+        self.switch = switch
+        self._store = store
+        self._pending: mx.array | None = None
+
+    @property
+    def store(self) -> ExpertStore:
+        return self._store
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        # x: [..., D], indices: [..., top_k] -> [..., top_k, D]
+        routed = np.array(indices)  # the one sync: disk reads need real ids
+        experts = np.unique(routed)
+        self._settle()
+        y: mx.array
+        if len(experts) <= self._store.num_slots:
+            y = self.switch(x, self._slots(experts, routed))
+        else:
+            y = self._in_waves(x, routed, experts)
+        self._pending = y
+        if y.nbytes > LARGE_OUTPUT_BYTES:
+            self._settle()  # a prompt's output: keep nothing of it alive
+        return y
+
+    def _settle(self) -> None:
+        # A slot may be overwritten once every earlier reader of it has run. Most have:
+        # the router depends on them. An abandoned or batched graph may not have.
+        if self._pending is not None:
+            mx.eval(self._pending)
+            self._pending = None
+
+    def _slots(self, experts: NDArray[np.generic], routed: NDArray[np.generic]) -> mx.array:
+        # experts: sorted, distinct; routed: any shape -> slot ids of the same shape
+        slots = np.array(self._store.place(experts.tolist()), dtype=np.uint32)
+        return mx.array(slots[np.searchsorted(experts, routed)])
+
+    def _in_waves(
+        self, x: mx.array, routed: NDArray[np.generic], experts: NDArray[np.generic]
+    ) -> mx.array:
+        # More experts than slots: take them a slot-full at a time, every (token, expert)
+        # pair in exactly one wave. What is resident goes first, before it is evicted.
+        top_k = routed.shape[-1]
+        rows = x.reshape(-1, 1, x.shape[-1])  # [tokens, 1, D]
+        pairs = routed.reshape(-1)
+        resident = np.array([e in self._store for e in experts.tolist()])
+        queue = np.concatenate([experts[resident], experts[~resident]])
+        outputs, order = [], []
+        for i in range(0, len(queue), self._store.num_slots):
+            wave = np.sort(queue[i : i + self._store.num_slots])
+            members = np.flatnonzero(np.isin(pairs, wave))
+            slots = self._slots(wave, pairs[members])
+            y = self.switch(rows[mx.array(members // top_k)], slots[:, None, None])
+            mx.eval(y)  # the next wave overwrites these slots
+            outputs.append(y)
+            order.append(members)
+        back = np.argsort(np.concatenate(order))
+        y = mx.concatenate(outputs)[mx.array(back)]
+        return y.reshape(*routed.shape, -1)
