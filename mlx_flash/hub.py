@@ -14,12 +14,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
 from .errors import FlashError, ModelNotFoundError
 
-PATTERNS = [
-    "*.json", "model*.safetensors", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja",
-]  # fmt: skip
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -49,7 +47,7 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
             f"{repo}: no such folder. Check the path, or name a Hub repository as owner/name."
         )
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=PATTERNS))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS))
     except GatedRepoError as error:
         raise ModelNotFoundError(
             f"{repo} is gated: accept its licence on the Hub, then run `hf auth login`."

@@ -327,7 +327,15 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
         resolve(tmp_path / "model.gguf")
 
 
-NAMES = ["nowhere", "a/b/c", "../nowhere", "no spaces/here", "~no-such-user/model", "x" * 5000]
+NAMES = [
+    "nowhere",
+    "a/b/c",
+    "../nowhere",
+    "no spaces/here",
+    "owner/name?",
+    "~no-such-user/model",
+    "x" * 5000,
+]
 NAMES += ["zero\0byte", "owner/", "/owner/name", "a--b/c", "owner/name.git", "o/" + "n" * 100]
 
 
