@@ -1,0 +1,53 @@
+"""The wheel that `pip install .` builds: small, whole, and bringing the right MLX."""
+
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parent.parent
+MAX_WHEEL_BYTES = 20e6
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out]
+    subprocess.run([*command, ROOT], check=True, capture_output=True)
+    (path,) = out.glob("mlx_flash-*.whl")
+    return path
+
+
+def test_wheel_is_small_and_carries_the_demo_model(wheel):
+    assert wheel.stat().st_size <= MAX_WHEEL_BYTES
+    names = zipfile.ZipFile(wheel).namelist()
+    tracked = {p.relative_to(ROOT) for p in (ROOT / "mlx_flash").rglob("*") if p.is_file()}
+    expected = {str(p) for p in tracked if "__pycache__" not in p.parts}
+    assert expected <= set(names)
+    assert "mlx_flash/demo/model.safetensors" in names
+    assert not [n for n in names if n.startswith(("tests/", "examples/", "benchmarks/"))]
+
+
+def brought(system, extra=""):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = list(project["dependencies"])
+    if extra:
+        requirements += project["optional-dependencies"][extra]
+    parsed = [Requirement(text) for text in requirements]
+    environment = {"platform_system": system, "extra": extra}
+    return {
+        (r.name, *sorted(r.extras))
+        for r in parsed
+        if not r.marker or r.marker.evaluate(environment)
+    }
+
+
+def test_each_platform_brings_its_own_mlx():
+    assert ("mlx", "cpu") in brought("Linux")
+    assert ("mlx", "cuda13") in brought("Linux", "cuda")
+    assert ("mlx",) in brought("Darwin")
+    assert ("mlx", "cpu") not in brought("Darwin", "cuda")
