@@ -7,7 +7,8 @@ READY := .venv/.ready
 .PHONY: generate test lint clean
 
 generate: $(READY)
-	$(BIN)/mlx-flash generate --slots 12 --max-tokens 200 "Tell me a story."
+	$(BIN)/mlx-flash generate --slots 12 --max-tokens 300 \
+		--chat-template-config '{"enable_thinking": false}' "Tell me a story about a lantern."
 
 test: $(READY) lint
 	$(BIN)/python -m pytest

@@ -117,7 +117,7 @@ def main(
 ) -> None:
     """Print how often each layer's experts repeat while the model decodes.
 
-        python benchmarks/routing_statistics.py /tmp/tiny --tokens 128
+        python benchmarks/routing_statistics.py tiny-checkpoint --tokens 128
 
     Real models choose 29-45 % of a token's experts again for the next token, and about 80 %
     within eight tokens.
