@@ -47,7 +47,9 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
             f"{repo}: no such folder. Check the path, or name a Hub repository as owner/name."
         )
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS))
+        return Path(
+            snapshot_download(repo, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS)
+        )
     except GatedRepoError as error:
         raise ModelNotFoundError(
             f"{repo} is gated: accept its licence on the Hub, then run `hf auth login`."
