@@ -5,7 +5,6 @@ mlx-lm's own model. The values are random, so it benchmarks like the real one an
 """
 
 import re
-import resource
 import sys
 import time
 from enum import StrEnum
@@ -15,6 +14,8 @@ from typing import Annotated, Any
 import typer
 from synthetic import shapes, values, writer
 from tqdm import tqdm
+
+from mlx_flash.machine import peak_rss_bytes
 
 Shape = StrEnum("Shape", list(shapes.SHAPES))
 Mode = StrEnum("Mode", ["affine", "mxfp4", "nvfp4", "mxfp8"])
@@ -140,15 +141,12 @@ def main(
         made = make(out, shape, layers=layers, shard_size=shard_size, force=force, **form, **chance)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if _MACOS else 1024)
     print(
         f"{out}: {len(made.tensors)} tensors, {made.nbytes / 1e9:.2f} GB, "
         f"{made.parameters / 1e9:.2f} B parameters in {time.monotonic() - began:.1f} s, "
-        f"peak RSS {peak / 1e6:.0f} MB"
+        f"peak RSS {peak_rss_bytes() / 1e6:.0f} MB"
     )
 
-
-_MACOS = sys.platform == "darwin"  # ru_maxrss is in bytes there, in KiB elsewhere
 
 if __name__ == "__main__":
     typer.run(main)
