@@ -11,6 +11,10 @@ import tiny
 FORMS: dict[str, Callable[[Path], Path]] = {
     "qwen3_5_moe-4bit": lambda p: tiny.write(p, quantization={"group_size": 64, "bits": 4}),
     "qwen3_5_moe-3bit-g32": lambda p: tiny.write(p, quantization={"group_size": 32, "bits": 3}),
+    "qwen3_5_moe-2bit": lambda p: tiny.write(p, quantization={"group_size": 64, "bits": 2}),
+    "qwen3_5_moe-mxfp8": lambda p: tiny.write(
+        p, quantization={"group_size": 32, "bits": 8, "mode": "mxfp8"}
+    ),
     "qwen3_5_moe-mixed": lambda p: tiny.write(p, quantization=MIXED),
     "qwen3_5_moe-f32": lambda p: tiny.write(p),
     "qwen3_5_moe-4bit-bf16": lambda p: tiny.write(
