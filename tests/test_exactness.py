@@ -73,6 +73,24 @@ def test_tiny_models_decode_bitwise_as_resident(checkpoints, resident, form, sha
         assert stats.evictions == stats.misses == 0, "what fits whole has no lookup at all"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["qwen3_5_moe-4bit", "nemotron_h-mxfp4"])
+def test_tiny_models_decode_bitwise_as_resident_in_full(checkpoints, form):
+    prompts = [range(10 * i + 5, 10 * i + 12 + 5 * i) for i in range(10)]
+    stock, _ = mlx_lm.load(str(checkpoints(form)))
+    expected = [decode(stock, prompt, 256) for prompt in prompts]
+    for share in SHARES:
+        for policy in POLICIES:
+            model, _ = mlx_flash.load(
+                checkpoints(form), ram="4GB", slots=round(16 * share), policy=policy, context=512
+            )
+            for prompt, (tokens, logprobs) in zip(prompts, expected, strict=True):
+                ours, our_logprobs = decode(model, prompt, 256)
+                assert ours == tokens
+                assert mx.array_equal(our_logprobs, logprobs)
+            assert (model.stats().evictions > 0) == (share < 1)
+
+
 @pytest.mark.parametrize("slots", [4, 9])
 def test_raw_bfloat16_of_hugging_face_streams_on_any_backend(tmp_path, slots):
     # MLX's CPU cannot gather bfloat16 matrices, so stock mlx-lm is no oracle here: the same
