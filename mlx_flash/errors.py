@@ -31,3 +31,11 @@ class ReadError(FlashError, OSError):
 
 class UsageError(FlashError, ValueError):
     """Options that contradict each other, the model, or a file they name."""
+
+
+def brief(error: BaseException, most_lines: int = 2) -> str:
+    """The beginning of what a library says, in one line, to quote in what we say."""
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[:most_lines])[:160].rstrip(".:, ")

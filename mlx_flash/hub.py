@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
 )
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-from .errors import FlashError, ModelNotFoundError
+from .errors import FlashError, ModelNotFoundError, brief
 
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -80,8 +80,8 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
                 "larger disk, and run the same command again: whole files are kept."
             ) from error
         raise DownloadError(
-            f"{repo}: the download stopped ({_first_line(error)}). Run the same command again: "
-            "whole files are kept."
+            f"{repo}: the download stopped ({brief(error, most_lines=1)}). Run the same "
+            "command again: whole files are kept."
         ) from error
 
 
@@ -96,7 +96,3 @@ def _local(path: str | Path) -> Path | None:
 def _is_full(error: Exception) -> bool:
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or os.strerror(errno.ENOSPC) in str(error)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .config import StreamConfig
-from .errors import CheckpointError
+from .errors import CheckpointError, brief
 from .hub import resolve
 from .kernels.dense_switch import needs_dense, use_dense
 from .machine import Machine, rss_bytes
@@ -61,6 +61,7 @@ def load(
     """Load a model whose routed experts stream from disk, within a RAM budget.
 
     What it returns goes where ``mlx_lm.load``'s result goes, with the same tokens out.
+    Sets MLX's buffer cache limit, which is the whole process's, to its share of the budget.
 
     Args:
         path_or_repo: A model folder, or a Hub repository such as ``owner/name``.
@@ -151,7 +152,7 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
     reader = READERS[knobs.reader](sorted(paths), knobs.read_threads)
     try:
         stores = _swap(lazy, decided, knobs, reader)
-        _read_residents(lazy.model, progress)
+        _read_residents(lazy, progress)
     except BaseException:
         reader.close()
         raise
@@ -202,12 +203,18 @@ def _shrink(
     return slots
 
 
-def _read_residents(model: nn.Module, progress: Progress | None) -> None:
+def _read_residents(lazy: LazyModel, progress: Progress | None) -> None:
     """Evaluate what stays in RAM, arrays that are no parameters included."""
-    arrays = [a for _, m in model.named_modules() for a in _own_arrays(m)]
+    arrays = [a for _, m in lazy.model.named_modules() for a in _own_arrays(m)]
     total, done = sum(a.nbytes for a in arrays), 0
     for array in arrays:
-        mx.eval(array)
+        try:
+            mx.eval(array)
+        except RuntimeError as error:  # MLX reads these, and names no file
+            raise CheckpointError(
+                f"{lazy.checkpoint.folder}: the resident weights cannot be read ({brief(error)}). "
+                "Check the disk, or download the model again."
+            ) from error
         done += array.nbytes
         if progress is not None:
             progress(done, total)

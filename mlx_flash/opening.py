@@ -18,6 +18,7 @@ from .errors import (
     ModelNotFoundError,
     UnsupportedModelError,
     UsageError,
+    brief,
 )
 from .streaming.checkpoint import Checkpoint, read_json
 from .streaming.plan import LayerExperts
@@ -52,7 +53,7 @@ def open_tokenizer(
         return load_tokenizer(folder, extra, eos_token_ids=eos)
     except Exception as error:  # the Rust of it raises no narrower one
         raise CheckpointError(
-            f"{folder} has no tokenizer that loads ({_brief(error)}). Download it again."
+            f"{folder} has no tokenizer that loads ({brief(error)}). Download it again."
         ) from error
 
 
@@ -85,7 +86,7 @@ def open_lazily(
         raise
     except MISFITS as error:
         raise CheckpointError(
-            f"{folder}: config.json and the weights do not fit together ({_brief(error)}). "
+            f"{folder}: config.json and the weights do not fit together ({brief(error)}). "
             "Download the model again, or convert it with mlx_lm.convert."
         ) from error
     if not switches:
@@ -104,7 +105,7 @@ def _adapt(model: nn.Module, switches: dict[str, nn.Module], adapter_path: str) 
     except MISFITS as error:
         raise UsageError(
             f"--adapter-path {adapter_path}: no adapter of mlx-lm that fits this model "
-            f"({_brief(error)}). Check the path, or train it for this model."
+            f"({brief(error)}). Check the path, or train it for this model."
         ) from error
     if _weights(switches) != before:
         raise UnsupportedModelError(
@@ -154,11 +155,3 @@ def _check_dtypes(folder: Path, model: nn.Module) -> None:
                     f"{folder}: {path}.{name} has dtype {array.dtype}, which the model cannot "
                     "compute with. Download the model again, or convert it with mlx_lm.convert."
                 )
-
-
-def _brief(error: BaseException) -> str:
-    """The beginning of what a library says, in one line."""
-    if isinstance(error, KeyError):
-        return f"there is no {error}"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return " ".join(line.strip() for line in lines[:2])[:160].rstrip(".:, ")

@@ -15,6 +15,9 @@ FORMS: dict[str, Callable[[Path], Path]] = {
     "qwen3_5_moe-mxfp8": lambda p: tiny.write(
         p, quantization={"group_size": 32, "bits": 8, "mode": "mxfp8"}
     ),
+    "qwen3_5_moe-nvfp4": lambda p: tiny.write(
+        p, quantization={"group_size": 16, "bits": 4, "mode": "nvfp4"}
+    ),
     "qwen3_5_moe-mixed": lambda p: tiny.write(p, quantization=MIXED),
     "qwen3_5_moe-f32": lambda p: tiny.write(p),
     "qwen3_5_moe-4bit-bf16": lambda p: tiny.write(

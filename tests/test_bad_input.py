@@ -15,7 +15,7 @@ import tiny
 from mlx_lm.generate import generate_step
 
 import mlx_flash
-from mlx_flash import errors
+from mlx_flash import errors, loader, opening
 
 FORM = "qwen3_5_moe-4bit"
 SWITCH = "language_model.model.layers.0.mlp.switch_mlp"
@@ -515,6 +515,13 @@ def test_a_truncated_file_is_an_error_and_not_other_tokens(folder):
         answer(model)
     assert "model.safetensors" in str(caught.value)
     assert caught.value.errno
+
+
+def test_a_file_truncated_before_its_resident_weights_are_read(folder):
+    lazy = opening.open_lazily(folder)
+    os.truncate(folder / "model.safetensors", 20_000)
+    with pytest.raises(errors.CheckpointError, match="resident weights cannot be read"):
+        loader.stream(lazy, mlx_flash.StreamConfig(ram="4GB", slots=4, context=64))
 
 
 def test_a_file_truncated_under_the_command(folder):

@@ -30,10 +30,6 @@ class StreamedSwitch(nn.Module):
         self._store = store
         self._pending: mx.array | None = None
 
-    @property
-    def store(self) -> ExpertStore:
-        return self._store
-
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         # x: [..., D], indices: [..., top_k] -> [..., top_k, D]
         routed = np.array(indices)  # the one sync: disk reads need real ids
