@@ -4,25 +4,29 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
+BOTH_WAYS := bad_input budget exactness generate_cli interrupt stress store
+
 .PHONY: generate test lint clean
 
 generate: $(READY)
 	$(BIN)/mlx-flash generate --slots 12 --max-tokens 300 \
 		--chat-template-config '{"enable_thinking": false}' "Tell me a story about a lantern."
 
+# Both ways: with the native kernels, and the suites that exercise them once more without.
 test: $(READY) lint
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --reference $(addprefix tests/test_,$(BOTH_WAYS:=.py))
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml hatch_build.py $(wildcard custom_kernels/cpu/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $(READY)
 
 clean:
-	rm -rf .venv build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv build dist mlx_flash/_native*.so .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -6,6 +6,9 @@ from .errors import UsageError
 from .streaming.eviction import POLICIES
 from .streaming.reader import READERS
 
+KERNELS = ("auto", "native", "reference")
+READERS_BY_NAME = ("auto", *READERS, "direct")
+
 
 @dataclass(frozen=True)
 class StreamConfig:
@@ -18,8 +21,12 @@ class StreamConfig:
         prefill_step_size: Most prompt tokens to compute at a time. The plan may choose
             fewer, to give the memory to experts.
         policy: Eviction policy, a key of ``POLICIES``.
-        reader: Disk reader, a key of ``READERS``.
+        reader: Disk reader: ``pread`` through the page cache, ``direct`` past it (native
+            kernels only), ``auto``: direct where there is one.
         read_threads: Reads in flight.
+        kernels: ``native``: the compiled kernels; ``reference``: MLX's own operations;
+            ``auto``: native on a CPU, where they are built.
+        threads: Threads that compute, with native kernels. None: one per core.
 
     Raises:
         UsageError: If a knob has a value that means nothing.
@@ -30,14 +37,19 @@ class StreamConfig:
     context: int = 8192
     prefill_step_size: int = 2048
     policy: str = "lru"
-    reader: str = "pread"
+    reader: str = "auto"
     read_threads: int = 8
+    kernels: str = "auto"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise UsageError(f"no policy {self.policy!r}. There are {', '.join(POLICIES)}.")
-        if self.reader not in READERS:
-            raise UsageError(f"no reader {self.reader!r}. There are {', '.join(READERS)}.")
-        for name in ("context", "prefill_step_size", "read_threads"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} {getattr(self, name)} leaves nothing. Ask for 1 or more.")
+        if self.reader not in READERS_BY_NAME:
+            raise UsageError(f"no reader {self.reader!r}. There are {', '.join(READERS_BY_NAME)}.")
+        if self.kernels not in KERNELS:
+            raise UsageError(f"no kernels {self.kernels!r}. There are {', '.join(KERNELS)}.")
+        for name in ("context", "prefill_step_size", "read_threads", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} {value} leaves nothing. Ask for 1 or more.")

@@ -1,8 +1,10 @@
 """Composition root: mlx-lm's model, its routed experts left on disk."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -11,9 +13,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .config import StreamConfig
-from .errors import CheckpointError, brief
+from .errors import CheckpointError, UsageError, brief
 from .hub import resolve
+from .kernels import native, why_not
 from .kernels.dense_switch import needs_dense, use_dense
+from .kernels.experts import NativeSwitch, supports
 from .machine import Machine, rss_bytes
 from .opening import LazyModel, open_lazily, open_tokenizer
 from .streaming.checkpoint import Span
@@ -27,8 +31,8 @@ from .streaming.plan import (
     floor_bytes,
     share_slots,
 )
-from .streaming.reader import READERS, Reader
-from .streaming.store import ExpertStore
+from .streaming.reader import READERS
+from .streaming.store import ExpertStore, NativeStore, Store
 from .streaming.switch import StreamedSwitch
 
 Progress = Callable[[int, int], None]
@@ -46,11 +50,13 @@ def load(
     ram: str | int = "auto",
     slots: int | None = None,
     policy: str = "lru",
-    reader: str = "pread",
+    reader: str = StreamConfig.reader,
     *,
     context: int = StreamConfig.context,
     prefill_step_size: int = StreamConfig.prefill_step_size,
     read_threads: int = StreamConfig.read_threads,
+    kernels: str = StreamConfig.kernels,
+    threads: int | None = StreamConfig.threads,
     revision: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     model_config: dict[str, Any] | None = None,
@@ -67,11 +73,13 @@ def load(
         path_or_repo: A model folder, or a Hub repository such as ``owner/name``.
         ram: Ceiling on the whole process at its peak: bytes, ``8GB``, ``60%``, ``auto``.
         slots: Experts in RAM per layer, instead of what the budget gives.
-        policy: Which expert gives up its slot: ``lru`` or ``lfu``.
-        reader: How bytes come from disk: ``pread``.
+        policy: Which expert gives up its slot: ``lru``, ``lfu`` or ``s3fifo``.
+        reader: How bytes come from disk: ``pread``, ``direct`` or ``auto``.
         context: Tokens of context that the budget leaves room for.
         prefill_step_size: Most prompt tokens to compute at a time.
         read_threads: Reads in flight.
+        kernels: Who computes: ``native``, ``reference`` or ``auto``.
+        threads: Threads that compute, with native kernels. None: one per core.
         revision: Branch, tag or commit of a Hub repository.
         tokenizer_config: As in ``mlx_lm.load``.
         model_config: As in ``mlx_lm.load``.
@@ -93,6 +101,8 @@ def load(
         policy=policy,
         reader=reader,
         read_threads=read_threads,
+        kernels=kernels,
+        threads=threads,
     )
     folder = resolve(path_or_repo, revision)
     lazy = open_lazily(folder, model_config, adapter_path, trust_remote_code)
@@ -146,35 +156,94 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
     Raises:
         FlashError: If the budget is too small, or bytes cannot be read.
     """
+    extension = _extension(lazy, knobs)
     decided = make_plan(lazy, knobs)
     mx.set_cache_limit(_buffer_cache_bytes(decided.ram_bytes))
-    paths = {info.span.path for info in lazy.checkpoint.values()}
-    reader = READERS[knobs.reader](sorted(paths), knobs.read_threads)
+    paths = sorted({info.span.path for info in lazy.checkpoint.values()})
+    if extension is not None:
+        extension.set_threads(knobs.threads or os.cpu_count() or 1)
+        direct = knobs.reader != "pread"
+        reader = extension.Files([str(p) for p in paths], knobs.read_threads, direct)
+    else:
+        name = "pread" if knobs.reader == "auto" else knobs.reader
+        reader = READERS[name](paths, knobs.read_threads)
     try:
-        stores = _swap(lazy, decided, knobs, reader)
+        stores = _give_slots(lazy, decided, knobs, reader, paths, extension)
         _read_residents(lazy, progress)
+        _swap(lazy, stores, extension)
     except BaseException:
         reader.close()
         raise
-    return as_streamed(lazy.model, decided, reader, stores)
+    return as_streamed(lazy.model, decided, reader, tuple(stores.values()))
 
 
-def _swap(
-    lazy: LazyModel, decided: Plan, knobs: StreamConfig, reader: Reader
-) -> tuple[ExpertStore, ...]:
-    stores, swapped = [], []
+def slower_because(knobs: StreamConfig) -> str:
+    """Why the compiled kernels will not compute though they should; empty if they may."""
+    wanted = knobs.kernels == "auto" and mx.default_device() == mx.cpu
+    return why_not() if wanted else ""
+
+
+def _extension(lazy: LazyModel, knobs: StreamConfig) -> ModuleType | None:
+    """The compiled kernels, if they are to compute this model."""
+    if knobs.kernels == "reference":
+        return None
+    if knobs.kernels == "native" and native() is None:
+        raise UsageError(f"--kernels native: {why_not()}.")
+    fits = mx.default_device() == mx.cpu and all(map(supports, lazy.switches.values()))
+    if fits and native() is not None:
+        return native()
+    if knobs.kernels == "native":
+        raise UsageError("--kernels native: none for this device or for this model's experts.")
+    if knobs.reader == "direct":
+        raise UsageError(f"--reader direct comes with the native kernels: {why_not()}.")
+    return None
+
+
+def _give_slots(
+    lazy: LazyModel,
+    decided: Plan,
+    knobs: StreamConfig,
+    reader: Any,
+    paths: list[Path],
+    extension: ModuleType | None,
+) -> dict[str, Store]:
+    """Put slots where the experts were of every layer that does not fit whole."""
+    stores: dict[str, Store] = {}
     for path, switch in lazy.switches.items():
+        if not decided.streams(path):
+            continue  # it all fits: no lookup
+        spans = _spans(lazy, path, switch)
+        slots = _shrink(
+            lazy.architecture.parameters(switch), switch, decided.slots[path], extension
+        )
+        if extension is None:
+            stores[path] = ExpertStore(spans, slots, POLICIES[knobs.policy](), reader)
+            continue
+        numbers = {p: i for i, p in enumerate(paths)}
+        places = {
+            name: [(numbers[s.path], s.offset, s.nbytes) for s in found]
+            for name, found in spans.items()
+        }
+        stores[path] = NativeStore(extension.ExpertPool(reader, places, slots, knobs.policy))
+    return stores
+
+
+def _swap(lazy: LazyModel, stores: Mapping[str, Store], extension: ModuleType | None) -> None:
+    """Replace switch layers by what computes on slots, and what else has a kernel."""
+    swapped: list[tuple[str, nn.Module]] = []
+    for path, switch in lazy.switches.items():
+        store = stores.get(path)
+        if extension is not None:
+            pool = store.pool if isinstance(store, NativeStore) else None
+            swapped.append((path, NativeSwitch(switch, extension, pool)))
+            continue
         if needs_dense(switch):
             use_dense(switch)
-        if not decided.streams(path):
-            continue  # it all fits: the stock layer stays, no sync, no lookup
-        spans = _spans(lazy, path, switch)
-        slots = _shrink(lazy.architecture.parameters(switch), switch, decided.slots[path])
-        store = ExpertStore(spans, slots, POLICIES[knobs.policy](), reader)
-        stores.append(store)
-        swapped.append((path, StreamedSwitch(switch, store)))
+        if isinstance(store, ExpertStore):
+            swapped.append((path, StreamedSwitch(switch, store)))
     lazy.model.update_modules(tree_unflatten(swapped))
-    return tuple(stores)
+    if extension is not None:
+        lazy.architecture.use_kernels(lazy.model, extension)
 
 
 def _spans(lazy: LazyModel, path: str, switch: nn.Module) -> dict[str, list[Span]]:
@@ -194,10 +263,14 @@ def _spans(lazy: LazyModel, path: str, switch: nn.Module) -> dict[str, list[Span
 
 
 def _shrink(
-    parameters: Mapping[str, mx.array], switch: nn.Module, num_slots: int
+    parameters: Mapping[str, mx.array],
+    switch: nn.Module,
+    num_slots: int,
+    extension: ModuleType | None,
 ) -> dict[str, mx.array]:
-    """Replace [experts, ...] weights by [num_slots, ...] zeros, in place."""
-    slots = {name: mx.zeros((num_slots, *w.shape[1:]), w.dtype) for name, w in parameters.items()}
+    """Replace [experts, ...] weights by [num_slots, ...] of no value yet, in place."""
+    empty = mx.zeros if extension is None else extension.empty_slots
+    slots = {name: empty((num_slots, *w.shape[1:]), w.dtype) for name, w in parameters.items()}
     mx.eval(slots)
     switch.update(tree_unflatten(list(slots.items())))
     return slots
@@ -233,8 +306,11 @@ def _prefill(
 ) -> tuple[int, FixedCosts]:
     """The largest prompt chunk whose scratch leaves most of the budget to experts."""
     tokens = min(knobs.prefill_step_size, max(knobs.context, 1))
+    fused = _extension(lazy, knobs) is not None
     while True:
-        scratch = lazy.architecture.scratch_bytes(lazy.model, lazy.config, tokens, knobs.context)
+        scratch = lazy.architecture.scratch_bytes(
+            lazy.model, lazy.config, tokens, knobs.context, fused
+        )
         if tokens <= MIN_PREFILL_TOKENS or scratch <= left * SCRATCH_SHARE:
             return tokens, replace(bare, scratch_bytes=bare.scratch_bytes + scratch)
         tokens = max(MIN_PREFILL_TOKENS, tokens // 2)

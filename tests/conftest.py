@@ -1,5 +1,7 @@
 """What every test file shares: tiny checkpoints, written once a session."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,31 @@ from typing import Any
 import mlx.core as mx
 import pytest
 import tiny
+
+HIDING = Path(__file__).parent / "without_native"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--reference",
+        action="store_true",
+        help="Run as if the native kernels had not been built, in started commands too.",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--reference"):
+        sys.modules["mlx_flash._native"] = None  # type: ignore[assignment]
+        path = [str(HIDING), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+
+
+def pytest_report_header() -> str:
+    from mlx_flash.kernels import native, why_not
+
+    module = native()
+    return f"kernels: {module.isa()}, {module.threads()} threads" if module else why_not()
+
 
 FORMS: dict[str, Callable[[Path], Path]] = {
     "qwen3_5_moe-4bit": lambda p: tiny.write(p, quantization={"group_size": 64, "bits": 4}),

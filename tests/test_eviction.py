@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import PATIENT
 
-from mlx_flash.streaming.eviction import LFU, LRU, POLICIES, EvictionPolicy
+from mlx_flash.streaming.eviction import LFU, LRU, POLICIES, S3FIFO, EvictionPolicy
 
 EXPERTS = st.integers(0, 4)
 # A use of an expert, or an eviction with some pinned.
@@ -100,6 +100,97 @@ def test_lfu_order_and_memory_of_the_evicted() -> None:
     for expert in (2, 1):
         policy.touch(expert)
     assert drain(policy, 2) == [2, 1]  # equals: the one used longest ago
+
+
+class PaperS3FIFO:
+    """Algorithm 1 of Yang et al. (SOSP 2023), line by line, for a cache of ``size`` slots.
+
+    Heads of queues are at index 0. Only the count of all slots bounds the main queue.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.small: list[int] = []
+        self.main: list[int] = []
+        self.ghost: list[int] = []
+        self.freq: dict[int, int] = {}
+
+    def read(self, x: int) -> None:
+        if x in self.small or x in self.main:
+            self.freq[x] = min(self.freq[x] + 1, 3)
+            return
+        while len(self.small) + len(self.main) >= self.size:
+            if len(self.small) >= 0.1 * self.size:
+                self.evict_small()
+            else:
+                self.evict_main()
+        if x in self.ghost:
+            self.ghost.remove(x)
+            self.main.insert(0, x)
+        else:
+            self.small.insert(0, x)
+        self.freq[x] = 0
+
+    def evict_small(self) -> None:
+        evicted = False
+        while not evicted and self.small:
+            t = self.small.pop()
+            if self.freq[t] > 1:
+                self.main.insert(0, t)
+                self.freq[t] = 0
+            else:
+                self.ghost.insert(0, t)
+                del self.ghost[max(int(0.9 * self.size), 1) :]
+                evicted = True
+
+    def evict_main(self) -> None:
+        evicted = False
+        while not evicted and self.main:
+            t = self.main.pop()
+            if self.freq[t] > 0:
+                self.main.insert(0, t)
+                self.freq[t] -= 1
+            else:
+                evicted = True
+
+
+@settings(PATIENT, max_examples=300)
+@given(
+    size=st.integers(1, 25),
+    reads=st.lists(st.integers(0, 3) | st.integers(0, 60), min_size=1, max_size=300),
+)
+def test_s3fifo_against_the_paper(size: int, reads: list[int]) -> None:
+    policy, paper, resident = S3FIFO(), PaperS3FIFO(size), set[int]()
+    for fill in range(100, 100 + size):  # the policy learns the size from a full cache
+        policy.insert(fill)
+        paper.read(fill)
+        resident.add(fill)
+    for expert in reads:
+        if expert in resident:
+            policy.touch(expert)
+        else:
+            resident.remove(policy.evict(set()))
+            policy.insert(expert)
+            resident.add(expert)
+        paper.read(expert)
+        assert resident == {*paper.small, *paper.main}
+
+
+def test_s3fifo_keeps_who_comes_back_from_a_scan() -> None:
+    policy, lru = S3FIFO(), LRU()
+    for expert in range(20):
+        policy.insert(expert)
+        lru.insert(expert)
+    for expert in (3, 3, 7, 7):
+        policy.touch(expert)
+        lru.touch(expert)
+    resident, lru_resident = set(range(20)), set(range(20))
+    for stranger in range(100, 140):  # each comes once
+        resident.discard(policy.evict(set()))
+        policy.insert(stranger)
+        lru_resident.discard(lru.evict(set()))
+        lru.insert(stranger)
+    assert {3, 7} <= resident and not {3, 7} & lru_resident
 
 
 def test_registry_makes_a_new_policy_each_time() -> None:

@@ -10,6 +10,7 @@ from mlx_lm.generate import batch_generate, generate_step
 
 import mlx_flash
 from mlx_flash import demo
+from mlx_flash.kernels import native
 from mlx_flash.streaming.checkpoint import Checkpoint
 from mlx_flash.streaming.eviction import POLICIES
 
@@ -40,18 +41,48 @@ def slots_for(model, share):
     return max(round(most * share), max(e.top_k for e in model.plan.layers.values()))
 
 
+def load_resident(folder):
+    """The same kernels with every expert in RAM: mlx-lm itself where they are its own."""
+    if native() is None:
+        return mlx_lm.load(str(folder))
+    return mlx_flash.load(folder, ram="4GB", slots=1000, context=512)
+
+
 @pytest.fixture(scope="module")
 def resident(checkpoints):
-    """Stock mlx-lm's answer for a form, computed once."""
+    """The resident model's answer for a form, computed once."""
     answers = {}
 
     def answer(form):
         if form not in answers:
-            model, _ = mlx_lm.load(str(checkpoints(form)))
+            model, _ = load_resident(checkpoints(form))
             answers[form] = decode(model, range(40, 100), 64, prefill_step_size=24)
         return answers[form]
 
     return answer
+
+
+@pytest.mark.skipif(native() is None, reason="SKIPPED LOUDLY: the native kernels are not built")
+@pytest.mark.parametrize("form", [f for f in FORMS if "bf16" not in f])
+def test_native_kernels_say_what_mlx_lm_says(checkpoints, resident, form):
+    stock, _ = mlx_lm.load(str(checkpoints(form)))
+    expected_tokens, expected = decode(stock, range(40, 100), 64, prefill_step_size=24)
+    tokens, logprobs = resident(form)
+    assert tokens == expected_tokens
+    assert mx.max(mx.abs(logprobs - expected)).item() < 1e-3
+
+
+@pytest.mark.skipif(native() is None, reason="SKIPPED LOUDLY: the native kernels are not built")
+def test_native_bfloat16_is_nearer_to_float32_than_mlx_is(checkpoints, resident, tmp_path):
+    # MLX's CPU sums bfloat16 products in bfloat16; ours in float32. Same weights in all three.
+    form = "qwen3_5_moe-4bit-bf16"
+    stock, _ = mlx_lm.load(str(checkpoints(form)))
+    _, theirs = decode(stock, range(40, 100), 1)
+    _, ours = resident(form)
+    stock.set_dtype(mx.float32)
+    _, exact = decode(stock, range(40, 100), 1)
+    distance = [mx.sqrt(mx.mean((x[0] - exact[0]) ** 2)).item() for x in (ours, theirs)]
+    assert distance[0] < 0.5 * distance[1]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -78,8 +109,8 @@ def test_tiny_models_decode_bitwise_as_resident(checkpoints, resident, form, sha
 @pytest.mark.parametrize("form", ["qwen3_5_moe-4bit", "nemotron_h-mxfp4"])
 def test_tiny_models_decode_bitwise_as_resident_in_full(checkpoints, form):
     prompts = [range(10 * i + 5, 10 * i + 12 + 5 * i) for i in range(10)]
-    stock, _ = mlx_lm.load(str(checkpoints(form)))
-    expected = [decode(stock, prompt, 256) for prompt in prompts]
+    whole, _ = load_resident(checkpoints(form))
+    expected = [decode(whole, prompt, 256) for prompt in prompts]
     for share in SHARES:
         for policy in POLICIES:
             model, _ = mlx_flash.load(
@@ -124,8 +155,8 @@ def test_a_long_prompt_in_one_call_is_split_and_changes_nothing(checkpoints, res
 def test_batches_share_one_store(checkpoints):
     folder = checkpoints("qwen3_5_moe-4bit")
     prompts = [list(range(40, 60)), list(range(90, 130)), [7, 8, 9]]
-    stock, tokenizer = mlx_lm.load(str(folder))
-    expected = batch_generate(stock, tokenizer, prompts, max_tokens=24, return_token_ids=True)
+    whole, tokenizer = load_resident(folder)
+    expected = batch_generate(whole, tokenizer, prompts, max_tokens=24, return_token_ids=True)
     model, tokenizer = mlx_flash.load(folder, ram="4GB", slots=4, context=256)
     streamed = batch_generate(model, tokenizer, prompts, max_tokens=24, return_token_ids=True)
     assert streamed.token_ids == expected.token_ids
@@ -135,12 +166,12 @@ def test_batches_share_one_store(checkpoints):
 def test_an_abandoned_graph_keeps_its_own_slots(checkpoints):
     # Logits of one prompt are left unevaluated while another evicts what they need.
     folder = checkpoints("qwen3_5_moe-4bit")
-    stock, _ = mlx_lm.load(str(folder))
+    whole, _ = load_resident(folder)
     model, _ = mlx_flash.load(folder, ram="4GB", slots=4, context=256)
     first, second = mx.array([[41]]), mx.array([[200]])
     lazy = model(first)
     mx.eval(model(second))
-    assert mx.array_equal(lazy, stock(first))
+    assert mx.array_equal(lazy, whole(first))
 
 
 def demo_answers(model, tokenizer, prompts, tokens):
@@ -154,8 +185,8 @@ def demo_answers(model, tokenizer, prompts, tokens):
 
 
 def check_demo(prompts, tokens, cases):
-    stock, tokenizer = mlx_lm.load(str(demo.FOLDER))
-    expected = demo_answers(stock, tokenizer, prompts, tokens)
+    whole, tokenizer = load_resident(demo.FOLDER)
+    expected = demo_answers(whole, tokenizer, prompts, tokens)
     for share, policy in cases:
         slots = round(32 * share)
         model, tokenizer = mlx_flash.load(demo.FOLDER, ram="4GB", slots=slots, policy=policy)

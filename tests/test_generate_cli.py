@@ -37,8 +37,8 @@ OTHER_DEFAULTS = {
     "--prompt": "None, so that a pipe can be told from an option; then mlx-lm's",
 }
 OURS = {
-    "--ram", "--slots", "--context", "--policy", "--reader", "--revision", "--json",
-    "--debug", "-v",
+    "--ram", "--slots", "--context", "--policy", "--reader", "--kernels", "--threads",
+    "--revision", "--json", "--debug", "-v",
 }  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def test_in_the_middle_of_one_native_call_of_a_long_prompt(wide):
     # terminal has a progress bar: it must go, its cursor come back, the JSON stay off it.
     ours, theirs = os.openpty()
     process = door.start(
-        "generate", "--model", wide, *STREAMED, "--json", "word " * 500,
+        "generate", "--model", wide, *STREAMED, "--json", "word " * 8000,
         stderr=theirs, env={"TERM": "xterm", "COLUMNS": "80"},
     )  # fmt: skip
     os.close(theirs)

@@ -6,6 +6,7 @@ Has never heard of slots, policies or readers.
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from mlx_lm.models.switch_layers import (
 )
 
 from ..errors import UnsupportedModelError
+from ..kernels import attention, gated_delta, linear, mlp, norm, ssm
 from ..streaming.checkpoint import Checkpoint, Span
 from ..streaming.plan import LayerExperts
 
@@ -67,14 +69,19 @@ class Architecture:
         return sum(_cache_bytes(c, context) for c in _one_token_caches(model))
 
     def scratch_bytes(
-        self, model: nn.Module, config: Mapping[str, Any], tokens: int, context: int
+        self,
+        model: nn.Module,
+        config: Mapping[str, Any],
+        tokens: int,
+        context: int,
+        fused: bool = False,
     ) -> int:
         """Temporaries of one step over ``tokens`` tokens with ``context`` behind them.
 
         An upper estimate of one layer, since each streamed layer is a barrier: the widest
         projections and their copies, the routed rows of a MoE layer, one cache growing by
-        a copy, and what MLX's fused kernels would hide: attention scores, and a recurrent
-        state for every token, which the op-by-op fallback keeps all at once.
+        a copy, and without ``fused`` kernels (Metal's or our own) attention scores, and a
+        recurrent state for every token, which the op-by-op fallback keeps all at once.
         """
         dims = text_config(config)
         hidden, vocab = dims["hidden_size"], dims["vocab_size"]
@@ -82,12 +89,20 @@ class Architecture:
         floats = self.top_k(config) * (5 * hidden + 3 * middle) + 8 * _widest_linear(model, vocab)
         caches = _one_token_caches(model)
         state = 0
-        if not mx.metal.is_available():
+        if not (fused or mx.metal.is_available()):
             floats += 3 * dims["num_attention_heads"] * context
             state = max(_recurrent_bytes(c) for c in caches)
         per_token = FLOAT_BYTES * floats + state + GRAPH_BYTES
         growth = 2 * max(_cache_bytes(c, context) for c in caches)
         return int(tokens * per_token + FLOAT_BYTES * 4 * vocab + growth)
+
+    def use_kernels(self, model: nn.Module, native: ModuleType) -> None:
+        """Swap what the extension computes faster than MLX's CPU backend, in place.
+
+        The weights are in memory, and the switch layers are ``NativeSwitch``.
+        """
+        for door in (linear, norm, mlp, gated_delta, ssm, attention):
+            door.use_native(model)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,5 +1,10 @@
 """Nemotron-H: Mamba2 and attention layers with MoE blocks between them."""
 
+from types import ModuleType
+
+import mlx.nn as nn
+
+from ..kernels import nemotron_h
 from ..streaming.checkpoint import Checkpoint, Span
 from . import Architecture
 
@@ -17,6 +22,10 @@ class NemotronH(Architecture):
         return [
             checkpoint[f"{block}experts.{e}.{HF_NAMES[proj]}.{part}"].span for e in range(experts)
         ]
+
+    def use_kernels(self, model: nn.Module, native: ModuleType) -> None:
+        nemotron_h.use_native(model)
+        super().use_kernels(model, native)
 
 
 architecture = NemotronH()

@@ -1,5 +1,10 @@
 """Qwen3.5 MoE: gated delta nets, every fourth layer full attention, MoE in all."""
 
+from types import ModuleType
+
+import mlx.nn as nn
+
+from ..kernels import qwen3_5
 from ..streaming.checkpoint import Checkpoint, Span
 from . import Architecture
 
@@ -19,6 +24,12 @@ class Qwen35Moe(Architecture):
             fused = checkpoint[f"{block}experts.gate_up_proj"].rows()
             return [row.split(2)[tail == "up_proj.weight"] for row in fused]
         return super().spans(checkpoint, name, experts)
+
+    def use_kernels(self, model: nn.Module, native: ModuleType) -> None:
+        # One token goes through a layer in two fused blocks, which have their own order of
+        # work: the shared expert and the experts in RAM are computed while others are read.
+        qwen3_5.use_native(model, native)
+        super().use_kernels(model, native)
 
 
 architecture = Qwen35Moe()

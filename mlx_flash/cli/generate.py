@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import StreamConfig
 from ..errors import FlashError, UsageError
-from ..loader import stream
+from ..loader import slower_because, stream
 from ..opening import open_lazily
 from ..streaming.model import StreamedModel
 from . import inputs, progress
@@ -41,6 +41,8 @@ def generate(
     context: opt.Context = None,
     policy: opt.Policy = StreamConfig.policy,
     reader: opt.Reader = StreamConfig.reader,
+    kernels: opt.Kernels = StreamConfig.kernels,
+    threads: opt.Threads = StreamConfig.threads,
     prompt: opt.Prompt = None,
     system_prompt: opt.SystemPrompt = None,
     prefill_response: opt.PrefillResponse = None,
@@ -111,6 +113,7 @@ def run(given: SimpleNamespace) -> None:
             elif figures.text:
                 typer.echo()  # the error gets a line of its own
             raise
+        loaded.model.close()  # mlx-lm leaves a step in flight: its reads end with the command
     _finish(given, figures, figures.finish_reason, bars)
 
 
@@ -140,6 +143,8 @@ def _load(given: SimpleNamespace, bars: ExitStack) -> _Loaded:
     knobs = inputs.knobs(given, prompt_tokens)
     sampler = inputs.sampler(given, tokenizer)
     draft = inputs.draft_model(given, lazy.model, tokenizer)
+    if reason := slower_because(knobs):
+        _say([f"mlx-flash: slower than it could be without its compiled kernels: {reason}."])
     model = stream(lazy, knobs, bars.enter_context(progress.bar("load")))
     bars.close()
     if given.debug:

@@ -166,6 +166,8 @@ def knobs(given: SimpleNamespace, prompt_tokens: int) -> StreamConfig:
         prefill_step_size=given.prefill_step_size,
         policy=given.policy,
         reader=given.reader,
+        kernels=given.kernels,
+        threads=given.threads,
     )
 
 

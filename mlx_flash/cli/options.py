@@ -84,10 +84,31 @@ Context = Annotated[
 ]
 Policy = Annotated[
     str,
-    typer.Option(help="Which expert gives up its slot: lru, lfu.", rich_help_panel=STREAMING),
+    typer.Option(
+        help="Which expert gives up its slot: lru, lfu, s3fifo.", rich_help_panel=STREAMING
+    ),
 ]
 Reader = Annotated[
-    str, typer.Option(help="How bytes come from disk: pread.", rich_help_panel=STREAMING)
+    str,
+    typer.Option(
+        help="How bytes come from disk: pread through the page cache, direct past it, "
+        "auto: direct where there is one.",
+        rich_help_panel=STREAMING,
+    ),
+]
+Kernels = Annotated[
+    str,
+    typer.Option(
+        help="Who computes: native, the compiled kernels; reference, MLX's own operations; "
+        "auto: native on a CPU, where they are built.",
+        rich_help_panel=STREAMING,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Threads that compute. Without it: one per core.", rich_help_panel=STREAMING
+    ),
 ]
 
 PromptArgument = Annotated[

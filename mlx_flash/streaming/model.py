@@ -1,6 +1,5 @@
 """A model whose experts stream: mlx-lm's own, with a plan, counters and an end."""
 
-import weakref
 from typing import Any
 
 import mlx.core as mx
@@ -8,7 +7,7 @@ import mlx.nn as nn
 
 from .plan import Plan
 from .reader import Reader
-from .store import ExpertStore, StoreStats
+from .store import Store, StoreStats
 
 
 class StreamedModel(nn.Module):
@@ -19,7 +18,7 @@ class StreamedModel(nn.Module):
 
     plan: Plan
     reader: Reader
-    stores: tuple[ExpertStore, ...]
+    stores: tuple[Store, ...]
 
     def __call__(self, inputs: mx.array, cache: Any = None, **kwargs: Any) -> mx.array:
         # A long prompt in one call would need more scratch than was planned for.
@@ -44,11 +43,12 @@ class StreamedModel(nn.Module):
 
     def close(self) -> None:
         """Give back files and threads. The model cannot stream any more."""
+        mx.clear_cache()  # waits for graphs that nobody has waited for, as generators leave them
         self.reader.close()
 
 
 def as_streamed(
-    model: nn.Module, decided: Plan, reader: Reader, stores: tuple[ExpertStore, ...]
+    model: nn.Module, decided: Plan, reader: Reader, stores: tuple[Store, ...]
 ) -> StreamedModel:
     """Give a model of mlx-lm the abilities of ``StreamedModel``, keeping its class."""
     base = type(model)
@@ -57,5 +57,4 @@ def as_streamed(
     # Plain attributes: an nn.Module would take a tuple for a part of its parameter tree.
     for name, value in (("plan", decided), ("reader", reader), ("stores", stores)):
         object.__setattr__(model, name, value)
-    weakref.finalize(model, reader.close)
     return model

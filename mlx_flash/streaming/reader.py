@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -89,6 +90,7 @@ class PreadReader:
         self._files: dict[Path, int] = {}
         self._stamps: dict[Path, tuple[int, int]] = {}
         self._lock = threading.Lock()
+        self._give_back = weakref.finalize(self, _give_back, self._pool, self._files)
         try:
             for path in paths:
                 self._files[path] = fd = _open(path)
@@ -160,10 +162,14 @@ class PreadReader:
             buffers = _after(buffers, n)
 
     def close(self) -> None:
-        self._pool.shutdown()
-        for fd in self._files.values():
-            os.close(fd)
-        self._files.clear()
+        self._give_back()
+
+
+def _give_back(pool: ThreadPoolExecutor, files: dict[Path, int]) -> None:
+    pool.shutdown()
+    for fd in files.values():
+        os.close(fd)
+    files.clear()
 
 
 def _open(path: Path) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +19,37 @@ class StoreStats:
     hits: int = 0
     misses: int = 0
     evictions: int = 0
+
+
+class Store(Protocol):
+    """One layer's experts, as whoever reads its counters sees them."""
+
+    @property
+    def num_slots(self) -> int:
+        """Experts that have a place in RAM."""
+
+    @property
+    def stats(self) -> StoreStats:
+        """Hits, misses and evictions so far."""
+
+
+class NativeStore:
+    """The same as ``ExpertStore``, in the extension and inside MLX's graph.
+
+    Args:
+        pool: The extension's ``ExpertPool``.
+    """
+
+    def __init__(self, pool: Any):
+        self.pool = pool
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.pool.num_slots)
+
+    @property
+    def stats(self) -> StoreStats:
+        return StoreStats(*self.pool.stats())
 
 
 class ExpertStore:
