@@ -1,9 +1,11 @@
 """What this machine has, and what of it one process may use."""
 
 import os
+import platform
 import re
 import resource
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,3 +141,34 @@ def _limits(root: Path, group: str, name: str) -> list[int]:
         if text.isdigit() and int(text) < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
             limits.append(int(text))
     return limits
+
+
+def cores() -> int:
+    """Cores that this process may run on."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """The processor, as its maker calls it."""
+    if sys.platform == "linux":
+        match = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        return match[1].strip() if match else platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def can_drop() -> bool:
+    """Whether this system lets a process drop its files from the page cache."""
+    return hasattr(os, "posix_fadvise")
+
+
+def drop_from_page_cache(paths: Iterable[Path]) -> None:
+    """Let the next read of these files come from the disk. Needs no privilege."""
+    for path in paths:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)  # what is not on disk yet would stay
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .bench import bench
 from .generate import generate, say_error
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     "It needs no download.",
 )
 app.command("generate")(generate)
+app.command("bench")(bench)
 
 
 def _say_version(wanted: bool) -> None:
