@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-BOTH_WAYS := bad_input budget exactness generate_cli interrupt stress store
+BOTH_WAYS := exactness generate_cli interrupt stress store
 
 .PHONY: generate test lint clean
 

@@ -48,6 +48,7 @@ def test_a_missing_extension_is_said_with_the_way_to_build_it(pretend, checkpoin
         mlx_flash.load(checkpoints(FORM), ram="4GB", context=64, reader="direct")
 
 
+@pytest.mark.skipif(kernels.native() is None, reason="SKIPPED LOUDLY: no native kernels here")
 def test_generate_says_why_it_is_slower_and_says_the_same(checkpoints):
     command = ("generate", "--model", checkpoints(FORM), "--slots", 5, "-m", 24, "--json", "hello")
     slow = door.finish(door.start(*command, env=HIDDEN))

@@ -143,10 +143,10 @@ def _load(given: SimpleNamespace, bars: ExitStack) -> _Loaded:
     knobs = inputs.knobs(given, prompt_tokens)
     sampler = inputs.sampler(given, tokenizer)
     draft = inputs.draft_model(given, lazy.model, tokenizer)
-    if reason := slower_because(knobs):
-        _say([f"mlx-flash: slower than it could be without its compiled kernels: {reason}."])
     model = stream(lazy, knobs, bars.enter_context(progress.bar("load")))
     bars.close()
+    if reason := slower_because(knobs):
+        _say([f"mlx-flash: slower than it could be without its compiled kernels: {reason}."])
     if given.debug:
         _say(plan_lines(model.plan))
     options = _options(given, model, knobs.context - prompt_tokens)
