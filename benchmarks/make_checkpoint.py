@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from synthetic import shapes, values, writer
+from synthetic.topics import Routing
 from tqdm import tqdm
 
 from mlx_flash.machine import peak_rss_bytes
@@ -63,7 +64,7 @@ def make(
     dtype: str = "float32",
     shard_size: str = "2GB",
     seed: int = 0,
-    locality: float | None = None,
+    routing: Routing | None = None,
     force: bool = False,
 ) -> shapes.Skeleton:
     """Writes the checkpoint into ``out`` and returns what it consists of.
@@ -71,7 +72,7 @@ def make(
     Raises:
         FileExistsError: If ``out`` is not empty and ``force`` is not given.
         OSError: If the disk has no room for it; nothing is written then.
-        ValueError: If the quantization, the shard size or the locality makes no sense.
+        ValueError: If the quantization, the shard size or the routing makes no sense.
     """
     shard_bytes = parse_size(shard_size)
     if not force:
@@ -80,8 +81,8 @@ def make(
         writer.require_space(out, least_bytes(shape, layers, dtype, bits, group_size, mode))
     skeleton = describe(shape, layers, dtype, bits, group_size, mode)
     writer.require_space(out, skeleton.nbytes)
-    share = values.choose_locality(skeleton.tensors, locality)
-    recipe = values.Recipe(seed, layers or shapes.published_layers(shape), share)
+    routing = values.choose_routing(skeleton.tensors, routing)
+    recipe = values.Recipe(seed, layers or shapes.published_layers(shape), routing)
     bar = tqdm(total=skeleton.nbytes, unit="B", unit_scale=True, desc=shape, disable=None)
     with bar:  # shown on a terminal's stderr only
         writer.write(out, skeleton, recipe, shard_bytes, bar.update)
@@ -107,13 +108,9 @@ def main(
     ] = Dtype.float32,
     shard_size: Annotated[str, typer.Option(help="Largest file, like 2GB or 500MB.")] = "2GB",
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 0,
-    locality: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            help="0 routes every token afresh, 1 by topic alone. [default: 0.7; tiny 0.4]",
-        ),
+    routing: Annotated[
+        Routing | None,
+        typer.Option(help="Experts repeat as in published models, or not. [default: real]"),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the checkpoint in the folder.")
@@ -129,14 +126,14 @@ def main(
 
         python -m mlx_lm generate --model qwen-8 --prompt hello
 
-    Tokens have topics, so that experts repeat about as they do in real models.
+    Tokens have topics, so that experts repeat about as they do in published models.
     See for yourself before you trust a hit rate measured on such a model:
 
         python benchmarks/routing_statistics.py qwen-8
     """
     began = time.monotonic()
     form: dict[str, Any] = {"bits": bits, "group_size": group_size, "mode": mode, "dtype": dtype}
-    chance: dict[str, Any] = {"seed": seed, "locality": locality}
+    chance: dict[str, Any] = {"seed": seed, "routing": routing}
     try:
         made = make(out, shape, layers=layers, shard_size=shard_size, force=force, **form, **chance)
     except (OSError, ValueError) as error:

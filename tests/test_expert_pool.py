@@ -28,7 +28,7 @@ from mlx_flash.kernels import native, why_not
 from mlx_flash.streaming.checkpoint import Span
 from mlx_flash.streaming.eviction import POLICIES
 from mlx_flash.streaming.reader import PreadReader
-from mlx_flash.streaming.store import ExpertStore
+from mlx_flash.streaming.store import ExpertStore, NativeStore
 
 _native: Any = native()
 if _native is None:
@@ -152,6 +152,18 @@ def test_the_same_slots_and_victims_as_the_python_store(
         layer.check(slots, experts, at)
         assert pool.resident() == residents(store)
         assert pool.stats() == astuple(store.stats)
+
+
+def test_a_trace_begins_when_asked_for(layer: Layer) -> None:
+    twins = NativeStore(layer.pool(layer.files(), layer.slots())), python_store(layer, "lru")
+    for store in twins:
+        place = store.pool.place if isinstance(store, NativeStore) else store.place
+        place([1, 2])
+        store.record()
+        place([3, 1])
+        place([])
+        place([2])
+        assert store.trace == [[3, 1], [], [2]]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

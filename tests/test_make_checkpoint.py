@@ -18,13 +18,16 @@ from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
+import mlx_flash
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # scripts, not an installed package
 
 import make_checkpoint  # noqa: E402
 import routing_statistics  # noqa: E402
-from synthetic import shapes  # noqa: E402
+from synthetic import shapes, topics  # noqa: E402
 from synthetic import tokenizer as tokenizer_files  # noqa: E402
+from synthetic.topics import Routing  # noqa: E402
 
 SCRIPT = BENCHMARKS / "make_checkpoint.py"
 TINY_NEMOTRON = {
@@ -143,22 +146,49 @@ def test_router_rows_have_one_norm(tiny: Path) -> None:
     assert norms == pytest.approx(np.ones(32), rel=1e-3)
 
 
-@pytest.mark.parametrize("locality", [0.0, None])
-def test_routing_does_not_collapse(tmp_path: Path, locality: float | None) -> None:
-    make_checkpoint.make(tmp_path, "tiny", dtype="float32", locality=locality)
-    layers = routing_statistics.measure(*load(str(tmp_path)), "Once upon a time", 96)
+def routing_of(folder: Path, tokens: int = 96) -> list[routing_statistics.Routing]:
+    return routing_statistics.measure(*mlx_flash.load(folder, slots=16), "Once upon a time", tokens)
+
+
+def test_uniform_routing_uses_every_expert(tmp_path: Path) -> None:
+    make_checkpoint.make(tmp_path, "tiny", routing=Routing.UNIFORM)
+    layers = routing_of(tmp_path)
     assert len(layers) == 4
-    for layer in layers:
-        assert layer.used > 0.9
-        assert layer.entropy > 0.85
-        assert layer.busiest < 0.6
+    assert all(layer.used > 0.9 and layer.entropy > 0.9 for layer in layers)
+    assert all(layer.busiest < 0.4 for layer in layers)
+    assert 0.05 < np.mean([layer.next_token for layer in layers]) < 0.2
 
 
-def test_topics_repeat_experts_as_real_models_do(tiny: Path, tmp_path: Path) -> None:
-    make_checkpoint.make(tmp_path, "tiny", dtype="float32", locality=0)
-    for folder, low, high in ((tmp_path, 0.05, 0.18), (tiny, 0.2, 0.5)):
-        layers = routing_statistics.measure(*load(str(folder)), "Once upon a time", 96)
-        assert low < np.mean([layer.next_token for layer in layers]) < high
+def test_real_routing_repeats_experts(tiny: Path) -> None:
+    layers = routing_of(tiny)
+    assert all(layer.used > 0.5 and layer.entropy > 0.6 for layer in layers)
+    assert 0.3 < np.mean([layer.next_token for layer in layers]) < 0.6
+    curve = np.mean([layer.lru for layer in layers], axis=0)
+    assert (np.diff(curve) > 0).all()
+    assert curve[2] > 0.5  # a cache of a quarter hits twice as often as its size
+
+
+def test_forty_layers_route_alike(tmp_path: Path) -> None:
+    make_checkpoint.make(tmp_path, "tiny", layers=40)
+    layers = routing_of(tmp_path)
+    for name in ("used", "busiest", "entropy", "next_token", "eight_tokens"):
+        first, last = (
+            np.mean([getattr(layer, name) for layer in half]) for half in (layers[:20], layers[20:])
+        )
+        assert last == pytest.approx(first, rel=0.2), name
+
+
+def test_topics_are_orthogonal_and_follow_one_another() -> None:
+    rows = np.arange(5000)
+    table = topics.of_output(rows, 32, 2048)
+    seen = np.unique(table, axis=0)
+    assert len(seen) == topics.TOPICS
+    gram = seen @ seen.T
+    assert np.abs(gram - np.diag(np.diag(gram))).max() < 1e-6 * gram.max()
+    embedded = topics.of_embedding(rows, 32)
+    embedded -= embedded.mean(axis=0)
+    stays = np.argmax(embedded @ seen.T, axis=1) == np.argmax(table @ seen.T, axis=1)
+    assert np.mean(stays) == pytest.approx(1 - 1 / topics.DWELL, abs=0.01)
 
 
 def test_routing_statistics_of_a_known_text() -> None:
@@ -244,7 +274,12 @@ def test_refuses_absurd_sizes_quickly(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"bits": 7}, {"group_size": 48}, {"shard_size": "much"}, {"mode": "mxfp4", "locality": 0.5}],
+    [
+        {"bits": 7},
+        {"group_size": 48},
+        {"shard_size": "much"},
+        {"mode": "mxfp4", "routing": Routing.REAL},
+    ],
 )
 def test_names_what_it_cannot_do(tmp_path: Path, wrong: dict) -> None:
     with pytest.raises(ValueError, match=r"bits|group|size|affine"):

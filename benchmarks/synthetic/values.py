@@ -2,13 +2,10 @@
 
 Every tensor has its own generator, seeded by its name, so its values do not depend on the
 shard it lands in. Raw bit streams only: numpy keeps those stable.
-
-Independent embeddings would route every token afresh, and a cache would hit at slots/experts,
-which real models do not. So tokens have topics: a token's embedding points partly to its
-topic, and the output layer prefers the topic at hand, so the text stays a while, then drifts.
 """
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,18 +13,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from . import topics
 from .shapes import Quantized, Tensor
+from .topics import Routing
 
 PIECE_BYTES = 1 << 20  # divisible by every element size
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-# Chosen by `routing_statistics.py` on 256 experts, top 8: more CONTEXT or less PULL, and the
-# topic changes with every token; more PULL or less CONTEXT, and the text repeats itself.
-TOPICS = 32
-PULL = 3.0  # of the topic at hand on the next token, in deviations of the logits
-CONTEXT = 2.0  # variance that all layers together may add to an embedding's 1
+# Variance that all layers together add to an embedding's 1. With more, what all tokens share
+# grows from layer to layer until most of them choose the same experts.
+CONTEXT = 0.3
 
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # positive half of E2M1
 
@@ -38,33 +35,30 @@ class Recipe:
 
     Args:
         depth: Layers; what each adds to the residual stream shrinks by the root of it.
-        locality: Share of an embedding's variance that its topic explains, 0 to 1.
     """
 
     seed: int
     depth: int
-    locality: float
+    routing: Routing
 
     def deviation(self, module: str, fan_in: int) -> float:
         """Of a weight, so that embeddings and projections have outputs of deviation 1."""
         if module.endswith(EMBEDDINGS):
-            return math.sqrt(1 - self.locality)
+            return math.sqrt(topics.own_share(self.routing))
         return math.sqrt((CONTEXT / self.depth if module.endswith(ADDING) else 1) / fan_in)
 
 
-def choose_locality(tensors: list[Tensor], asked: float | None) -> float:
-    """What was asked for, or a default that imitates real models without repeating text.
+def choose_routing(tensors: list[Tensor], asked: Routing | None) -> Routing:
+    """What was asked for, or real routing where the embeddings can hold it.
 
     Raises:
         ValueError: If topics are asked of embeddings without biases to hold them.
     """
     groups = (t.shape[-1] for t in tensors if t.module.endswith(EMBEDDINGS) and t.kind == "biases")
-    directions = next(groups, 0)
-    if asked and not directions:
-        raise ValueError("Topics need affine embeddings. Pass --locality 0 or --mode affine.")
-    if asked is not None or not directions:
-        return asked or 0.0
-    return 0.7 if directions >= 16 else 0.4  # topics of a narrow embedding overlap
+    possible = next(groups, 0) > 1
+    if asked is Routing.REAL and not possible:
+        raise ValueError("Real routing needs affine embeddings: --mode affine, or uniform routing.")
+    return asked or (Routing.REAL if possible else Routing.UNIFORM)
 
 
 def stream(tensor: Tensor, recipe: Recipe) -> Iterator[Bytes]:
@@ -105,30 +99,60 @@ def _words(tensor: Tensor, q: Quantized, recipe: Recipe) -> Iterator[Bytes]:
 
 def _affine(tensor: Tensor, q: Quantized, recipe: Recipe) -> Iterator[NDArray]:
     """Scales, or the biases that centre them: ``scale * q + bias`` has zero mean."""
-    middle = np.float32((2**q.bits - 1) / 2)
-    topics = _topics(tensor, q, recipe)
+    if tensor.kind == "scales":
+        yield from (encode(scales, tensor.dtype) for scales in _scales(tensor, q, recipe))
+        return
     start = 0
+    middles = _middles(tensor, q, recipe)
     for scales in _scales(tensor, q, recipe):
-        stored = encode(scales, tensor.dtype)
-        if tensor.kind == "biases":
-            offsets = topics[np.arange(start, start + scales.size) % topics.size]
-            centre = decode(stored, tensor.dtype).reshape(-1) * -middle
-            stored = encode(centre + offsets, tensor.dtype)
-            start += scales.size
-        yield stored
+        stored = decode(encode(scales, tensor.dtype), tensor.dtype).reshape(-1)
+        ids = np.arange(start, start + stored.size)
+        start += stored.size
+        biases = _topics(tensor, q, recipe, ids)
+        yield encode(biases - next(middles)[: stored.size] * stored, tensor.dtype)
 
 
-def _topics(tensor: Tensor, q: Quantized, recipe: Recipe) -> Floats:
-    """Offsets that repeat every TOPICS rows: row ``i`` is of topic ``i % TOPICS``."""
+def _middles(tensor: Tensor, q: Quantized, recipe: Recipe) -> Iterator[Floats]:
+    """What q is centred on, a group: its expectation, or in the output layer its mean.
+
+    There the topics are then all that a direction constant over groups can mean, so no token
+    is the favourite of a topic.
+    """
+    if not tensor.module.endswith(OUTPUTS) or recipe.routing is Routing.UNIFORM:
+        while True:
+            yield np.full(PIECE_BYTES // 4, (2**q.bits - 1) / 2, np.float32)
+    words = _raw(recipe, f"{tensor.module}.weight", tensor.count * q.group_size * q.bits // 8)
+    pieces = q.group_size * q.bits // 32  # of words that go with a piece of scales
+    while batch := list(itertools.islice(words, pieces)):
+        yield _sums(np.concatenate(batch), q) / np.float32(q.group_size)
+
+
+def _sums(words: Bytes, q: Quantized) -> Floats:
+    """Of the integers of each group."""
+    if q.bits == 4:  # most of a checkpoint: without a float for each
+        pairs = (words & 15) + (words >> 4)
+        return pairs.reshape(-1, q.group_size // 2).sum(axis=1, dtype=np.float32)
+    return _unpack(words, q).reshape(-1, q.group_size).sum(axis=1)
+
+
+def _unpack(words: Bytes, q: Quantized) -> Floats:
+    """The integers in packed bytes. words: [n] -> [n * 8 / bits]."""
+    bits = np.unpackbits(words, bitorder="little").reshape(-1, q.bits)
+    return bits @ (np.float32(2) ** np.arange(q.bits, dtype=np.float32))
+
+
+def _topics(tensor: Tensor, q: Quantized, recipe: Recipe, ids: NDArray[np.int64]) -> Floats:
+    """What topics add to the biases at flat places ``ids``, which are consecutive."""
     groups = tensor.shape[-1]
-    embedding = tensor.module.endswith(EMBEDDINGS)
-    if not (embedding or tensor.module.endswith("lm_head")):
+    if recipe.routing is Routing.UNIFORM or not tensor.module.endswith(EMBEDDINGS + OUTPUTS):
         return np.zeros(1, np.float32)
-    # The same directions in both, constant over a group of inputs.
-    table = next(_uniform(recipe, "topics", TOPICS * groups, -1, 1)).reshape(TOPICS, groups)
-    table /= np.sqrt(np.mean(table**2, axis=1, keepdims=True))
-    pull = PULL / (groups * q.group_size)
-    return math.sqrt(recipe.locality) * (1.0 if embedding else pull) * table.reshape(-1)
+    first = ids[0] // groups
+    rows = np.arange(first, ids[-1] // groups + 1)
+    if tensor.module.endswith(EMBEDDINGS):
+        table = topics.of_embedding(rows, groups)
+    else:
+        table = topics.of_output(rows, groups, groups * q.group_size)
+    return table.reshape(-1)[ids - first * groups]
 
 
 def _scales(tensor: Tensor, q: Quantized, recipe: Recipe) -> Iterator[Floats]:
@@ -148,9 +172,7 @@ def _router_scales(tensor: Tensor, q: Quantized, recipe: Recipe) -> Floats:
     rows, groups = tensor.shape
     nbytes = rows * groups * q.group_size * q.bits // 8
     words = np.concatenate(list(_raw(recipe, f"{tensor.module}.weight", nbytes)))
-    bits = np.unpackbits(words.reshape(rows, -1), axis=1, bitorder="little")
-    place = np.float32(2) ** np.arange(q.bits, dtype=np.float32)
-    values = bits.reshape(rows, -1, q.bits) @ place - (2**q.bits - 1) / 2
+    values = _unpack(words, q).reshape(rows, -1) - (2**q.bits - 1) / 2
     scale = 1 / np.linalg.norm(values, axis=1, keepdims=True)
     return np.repeat(scale.astype(np.float32), groups, axis=1)
 
@@ -222,3 +244,4 @@ def decode(stored: NDArray, dtype: str) -> Floats:
 ROUTERS = (".mlp.gate", ".mixer.gate")
 ADDING = (".o_proj", ".out_proj", ".down_proj", ".fc2")  # end in the residual stream
 EMBEDDINGS = (".embed_tokens", ".embeddings")
+OUTPUTS = ("lm_head",)

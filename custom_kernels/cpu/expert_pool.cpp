@@ -44,6 +44,8 @@ struct ExpertPool::Impl {
   std::vector<int> slot_of;    // by expert, -1 on disk
   std::vector<int> free;
   PoolStats stats;
+  bool records = false;
+  std::vector<std::vector<int32_t>> trace;
 };
 
 ExpertPool::ExpertPool(std::shared_ptr<Files> files, std::vector<Parameter> parameters,
@@ -100,6 +102,16 @@ std::vector<int> ExpertPool::resident() const {
     if (impl_->slot_of[e] >= 0) experts.push_back(e);
   }
   return experts;
+}
+
+void ExpertPool::record() {
+  std::lock_guard lock(impl_->mutex);
+  impl_->records = true;
+}
+
+std::vector<std::vector<int32_t>> ExpertPool::trace() const {
+  std::lock_guard lock(impl_->mutex);
+  return impl_->trace;
 }
 
 std::vector<int> ExpertPool::place(const std::vector<int32_t>& experts) {
@@ -167,6 +179,7 @@ ExpertPool::Fetch::Impl::~Impl() {
 void ExpertPool::Fetch::Impl::begin(const int32_t* experts, int count) {
   members.reserve(count);
   std::lock_guard lock(pool.mutex);
+  if (pool.records) pool.trace.emplace_back(experts, experts + count);
   for (int which = 0; which < count; which++) {
     int expert = experts[which], slot = pool.slot_of[expert];
     bool hit = slot >= 0;

@@ -36,6 +36,10 @@ class ExpertPool : public Shared<ExpertPool> {
   PoolStats stats() const;
   std::vector<int> resident() const;  // sorted
 
+  // From now on, keeps the experts of every call.
+  void record();
+  std::vector<std::vector<int32_t>> trace() const;
+
   // Makes these distinct experts resident and returns their slots, which hold until the next call.
   // Throws std::invalid_argument if there are more of them than slots, or one occurs twice.
   std::vector<int> place(const std::vector<int32_t>& experts);

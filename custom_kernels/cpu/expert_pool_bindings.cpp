@@ -208,6 +208,8 @@ void bind_expert_pool(nb::module_& m) {
              return std::tuple(stats.hits, stats.misses, stats.evictions);
            })
       .def("resident", &ExpertPool::resident)
+      .def("record", &ExpertPool::record)
+      .def("trace", &ExpertPool::trace)
       .def("place", &ExpertPool::place, "experts"_a, NoGil())
       .def("place_in_graph", &place_in_graph, "indices"_a, "after"_a = nb::none());
 

@@ -11,6 +11,9 @@ from .checkpoint import Span
 from .eviction import EvictionPolicy
 from .reader import Job, Reader
 
+Trace = list[list[int]]
+"""The distinct experts of each call to one layer: policies and plans replay it without a model."""
+
 
 @dataclass(slots=True)
 class StoreStats:
@@ -32,6 +35,13 @@ class Store(Protocol):
     def stats(self) -> StoreStats:
         """Hits, misses and evictions so far."""
 
+    @property
+    def trace(self) -> Trace:
+        """What every call since ``record`` asked for."""
+
+    def record(self) -> None:
+        """Keep the experts of every call from now on: a few bytes each."""
+
 
 class NativeStore:
     """The same as ``ExpertStore``, in the extension and inside MLX's graph.
@@ -50,6 +60,14 @@ class NativeStore:
     @property
     def stats(self) -> StoreStats:
         return StoreStats(*self.pool.stats())
+
+    @property
+    def trace(self) -> Trace:
+        found: Trace = self.pool.trace()
+        return found
+
+    def record(self) -> None:
+        self.pool.record()
 
 
 class ExpertStore:
@@ -74,6 +92,8 @@ class ExpertStore:
     ):
         self.num_slots: int = next(iter(slots.values())).shape[0]
         self.stats = StoreStats()
+        self.trace: Trace = []
+        self._records = False
         self._spans = spans
         self._policy = policy
         self._reader = reader
@@ -84,6 +104,9 @@ class ExpertStore:
 
     def __contains__(self, expert: int) -> bool:
         return expert in self._slot_of
+
+    def record(self) -> None:
+        self._records = True
 
     def place(self, experts: Sequence[int]) -> list[int]:
         """Make these distinct experts resident and return their slots.
@@ -101,6 +124,8 @@ class ExpertStore:
                 f"{len(experts)} experts in one call, {len(pinned)} distinct, for "
                 f"{self.num_slots} slots: name each once, and no more than there are slots"
             )
+        if self._records:
+            self.trace.append(list(experts))
         missing = [e for e in experts if e not in self._slot_of]
         self.stats.hits += len(experts) - len(missing)
         self.stats.misses += len(missing)
