@@ -1,7 +1,7 @@
 """Composition root: mlx-lm's model, its routed experts left on disk."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -9,8 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from numpy.typing import NDArray
 
 from .config import StreamConfig
 from .errors import CheckpointError, UsageError, brief
@@ -42,6 +44,8 @@ MIN_PREFILL_TOKENS = 32
 SCRATCH_SHARE = 0.25  # of what experts and scratch have together
 BUFFER_CACHE_BYTES = (32 << 20, 1 << 30)  # from MLX's own default on CPU to enough for a GPU
 BUFFER_CACHE_SHARE = 1 / 64
+PAGE_BYTES = 4096
+HUGE_PAGE_BYTES = 2 << 20
 OVERHEAD_BYTES = 32 << 20  # stacks of reader threads, fragments of the allocator
 
 
@@ -168,8 +172,8 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
         name = "pread" if knobs.reader == "auto" else knobs.reader
         reader = READERS[name](paths, knobs.read_threads)
     try:
-        stores = _give_slots(lazy, decided, knobs, reader, paths, extension)
-        _read_residents(lazy, progress)
+        stores, whole = _give_slots(lazy, decided, knobs, reader, paths, extension)
+        _read_residents(lazy, whole, extension, progress)
         _swap(lazy, stores, extension)
     except BaseException:
         reader.close()
@@ -206,16 +210,22 @@ def _give_slots(
     reader: Any,
     paths: list[Path],
     extension: ModuleType | None,
-) -> dict[str, Store]:
-    """Put slots where the experts were of every layer that does not fit whole."""
+) -> tuple[dict[str, Store], dict[str, NativeStore]]:
+    """Put slots where the experts were of every layer that does not fit whole.
+
+    With the extension also of the others, a slot for each expert: it reads them faster than MLX
+    would, and into larger pages. Those are the second result.
+    """
     stores: dict[str, Store] = {}
+    whole: dict[str, NativeStore] = {}
     for path, switch in lazy.switches.items():
-        if not decided.streams(path):
+        streams = decided.streams(path)
+        if not streams and extension is None:
             continue  # it all fits: no lookup
         spans = _spans(lazy, path, switch)
-        slots = _shrink(
-            lazy.architecture.parameters(switch), switch, decided.slots[path], extension
-        )
+        num_slots = decided.slots[path] if streams else lazy.layers[path].count
+        parameters = lazy.architecture.parameters(switch)
+        slots = _shrink(parameters, switch, num_slots, extension, spans)
         if extension is None:
             stores[path] = ExpertStore(spans, slots, POLICIES[knobs.policy](), reader)
             continue
@@ -224,8 +234,12 @@ def _give_slots(
             name: [(numbers[s.path], s.offset, s.nbytes) for s in found]
             for name, found in spans.items()
         }
-        stores[path] = NativeStore(extension.ExpertPool(reader, places, slots, knobs.policy))
-    return stores
+        store = NativeStore(extension.ExpertPool(reader, places, slots, knobs.policy))
+        if streams:
+            stores[path] = store
+        else:
+            whole[path] = store
+    return stores, whole
 
 
 def _swap(lazy: LazyModel, stores: Mapping[str, Store], extension: ModuleType | None) -> None:
@@ -267,30 +281,69 @@ def _shrink(
     switch: nn.Module,
     num_slots: int,
     extension: ModuleType | None,
+    spans: Mapping[str, Sequence[Span]],
 ) -> dict[str, mx.array]:
     """Replace [experts, ...] weights by [num_slots, ...] of no value yet, in place."""
-    empty = mx.zeros if extension is None else extension.empty_slots
-    slots = {name: empty((num_slots, *w.shape[1:]), w.dtype) for name, w in parameters.items()}
+    slots = {}
+    for name, w in parameters.items():
+        shape = (num_slots, *w.shape[1:])
+        if extension is None:
+            slots[name] = mx.zeros(shape, w.dtype)
+        else:
+            phase = spans[name][0].offset % PAGE_BYTES
+            slots[name] = extension.empty_slots(shape, w.dtype, PAGE_BYTES, phase)
     mx.eval(slots)
     switch.update(tree_unflatten(list(slots.items())))
     return slots
 
 
-def _read_residents(lazy: LazyModel, progress: Progress | None) -> None:
-    """Evaluate what stays in RAM, arrays that are no parameters included."""
-    arrays = [a for _, m in lazy.model.named_modules() for a in _own_arrays(m)]
-    total, done = sum(a.nbytes for a in arrays), 0
-    for array in arrays:
-        try:
-            mx.eval(array)
-        except RuntimeError as error:  # MLX reads these, and names no file
-            raise CheckpointError(
-                f"{lazy.checkpoint.folder}: the resident weights cannot be read ({brief(error)}). "
-                "Check the disk, or download the model again."
-            ) from error
-        done += array.nbytes
+def _read_residents(
+    lazy: LazyModel,
+    whole: Mapping[str, NativeStore],
+    extension: ModuleType | None,
+    progress: Progress | None,
+) -> None:
+    """Read what stays in RAM, arrays that are no parameters included."""
+    slots = tuple(f"{path}." for path in lazy.switches) if extension is not None else ()
+    modules = [m for name, m in lazy.model.named_modules() if not name.startswith(slots)]
+    sizes = {path: lazy.layers[path].nbytes for path in whole}
+    total = sum(sizes.values()) + sum(a.nbytes for m in modules for a in _own_arrays(m))
+    done = 0
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
         if progress is not None:
             progress(done, total)
+
+    for path, store in whole.items():
+        store.fill()
+        advance(sizes[path])
+    for module in modules:
+        for array in _own_arrays(module):
+            try:
+                mx.eval(array)
+            except RuntimeError as error:  # MLX reads these, and names no file
+                raise CheckpointError(
+                    f"{lazy.checkpoint.folder}: the resident weights cannot be read "
+                    f"({brief(error)}). Check the disk, or download the model again."
+                ) from error
+            advance(array.nbytes)
+        if extension is not None:
+            _use_huge_pages(module, extension)
+
+
+def _use_huge_pages(module: nn.Module, extension: ModuleType) -> None:
+    """Move a module's large arrays to where kernels read them faster."""
+    for name, value in module.items():
+        if isinstance(value, mx.array) and value.nbytes >= HUGE_PAGE_BYTES:
+            moved: Any = extension.empty_slots(value.shape, value.dtype)
+            np.copyto(_host_bytes(moved), _host_bytes(value))
+            module[name] = moved
+
+
+def _host_bytes(array: Any) -> NDArray[np.uint8]:  # an mx.array is a writable buffer
+    return np.frombuffer(array, np.uint8)
 
 
 def _own_arrays(module: nn.Module) -> Iterator[mx.array]:

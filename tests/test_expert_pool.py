@@ -336,6 +336,131 @@ def test_hits_come_at_once_and_nothing_is_overwritten_before_release(layer: Laye
     assert pool.resident() == [0, 1, 3, 4, 5] and pool.stats() == (5, 6, 1)
 
 
+# Looking ahead
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(PATIENT, max_examples=60)
+@given(
+    calls=st.lists(st.tuples(ANY_EXPERTS, ANY_EXPERTS), min_size=1, max_size=20),
+    direct=st.booleans(),
+)
+def test_whatever_was_guessed_every_slot_holds_its_expert(
+    layer: Layer, policy: str, calls: list[tuple[list[int], list[int]]], direct: bool
+) -> None:
+    slots = layer.slots()
+    pool = layer.pool(layer.files(direct), slots, policy)
+    for guess, experts in calls:
+        pool.look_ahead(guess)
+        layer.check(slots, experts, pool.place(experts))
+        assert len(pool.resident()) <= SLOTS
+    hits, misses, _ = pool.stats()
+    assert hits + misses == sum(len(experts) for _, experts in calls)
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_a_right_guess_is_read_once_and_is_a_miss(layer: Layer) -> None:
+    files, slots = layer.files(), layer.slots()
+    pool = layer.pool(files, slots)
+    pool.look_ahead([3, 7])
+    size = sum(spans[0].nbytes for spans in layer.spans.values())
+    until(lambda: files.bytes_read == 2 * size)
+    layer.check(slots, [3, 7], pool.place([3, 7]))
+    assert files.bytes_read == 2 * size
+    assert pool.stats() == (0, 2, 0) and pool.read_ahead == 2
+    pool.place([3])
+    assert pool.stats() == (1, 2, 0)
+
+
+def test_a_rank_that_guesses_wrong_is_not_read_any_more(layer: Layer) -> None:
+    files = layer.files()
+    pool = layer.pool(files, layer.slots())
+    counts = []
+    for call in range(60):
+        wrong, right = 6 + call % 8, call % 3
+        pool.look_ahead([right, wrong])
+        pool.place([right, 3])
+        counts.append(pool.read_ahead)
+    assert counts[-1] == counts[30], "the wrong rank is left alone, the right one is resident"
+    assert 11 <= counts[-1] < 30  # trust is halved by eleven wrong guesses
+
+
+def test_nothing_is_read_ahead_while_a_call_holds_the_layer(layer: Layer) -> None:
+    pool = layer.pool(layer.files(), layer.slots())
+    with closing(_native.Fetch(pool, [1, 2])):
+        pool.look_ahead([3, 4])
+    assert pool.read_ahead == 0
+
+
+def test_a_call_that_needs_all_slots_gets_those_of_a_guess(layer: Layer) -> None:
+    slots = layer.slots()
+    pool = layer.pool(layer.files(), slots)
+    for first in range(EXPERTS - SLOTS):
+        pool.look_ahead([(first + SLOTS + i) % EXPERTS for i in range(4)])
+        wanted = list(range(first, first + SLOTS))
+        layer.check(slots, wanted, pool.place(wanted))
+        assert pool.resident() == wanted
+
+
+def test_a_guess_that_cannot_be_read_fails_only_who_needs_it(cut: Layer) -> None:
+    slots = cut.slots()
+    pool = cut.pool(cut.files(), slots)
+    for _ in range(4):
+        pool.look_ahead([1, EXPERTS - 1])
+        cut.check(slots, [1, 2], pool.place([1, 2]))
+    pool.look_ahead([EXPERTS - 1])
+    with pytest.raises(ReadError, match="bytes short"):
+        pool.place([1, EXPERTS - 1])
+    cut.check(slots, [1, 3], pool.place([1, 3]))
+
+
+def test_a_pool_that_goes_while_it_looks_ahead(layer: Layer) -> None:
+    before = held()
+    for _ in range(20):
+        layer.pool(layer.files(), layer.slots()).look_ahead([1, 2, 3])
+    assert held() == before
+
+
+@settings(PATIENT, max_examples=80)
+@given(
+    start=st.integers(0, 9000),
+    sizes=st.lists(st.integers(0, 20000), min_size=1, max_size=6),
+    phase=st.integers(0, 4095),
+    congruent=st.booleans(),
+)
+def test_direct_reads_of_any_place_into_any_place(
+    tmp_path_factory: pytest.TempPathFactory,
+    start: int,
+    sizes: list[int],
+    phase: int,
+    congruent: bool,
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "direct.bin"
+    content = np.random.default_rng(0).bytes(start + sum(sizes))
+    path.write_bytes(content)
+    files = _native.Files([path], 2, True)
+    at = start
+    for nbytes in sizes:  # the last one ends with the file
+        here = at % BLOCK if congruent else phase
+        memory = _native.empty_slots([2, max(nbytes, 1)], mx.uint8, BLOCK, here)
+        rows = np.frombuffer(memory, np.uint8)
+        assert rows.ctypes.data % BLOCK == here
+        rows[:] = 77
+        if nbytes:
+            pool = _native.ExpertPool(files, {"w": [(0, at, nbytes)]}, {"w": memory}, "lru")
+            (slot,) = pool.place([0])
+            found = rows.reshape(2, -1)
+            assert found[slot].tobytes() == content[at : at + nbytes]
+            assert (found[1 - slot] == 77).all(), "its neighbour is as it was"
+        at += nbytes
+
+
 def test_what_a_fetch_refuses(layer: Layer) -> None:
     pool = layer.pool(layer.files(), layer.slots())
     with pytest.raises(ValueError, match="Expert 3 occurs twice"):

@@ -184,6 +184,19 @@ def test_a_snapshot_of_the_cache_survives_what_is_decoded_after_it(linear):
     assert all(np.array_equal(s, b) for s, b in zip(snapshot, before, strict=True))
 
 
+@pytest.mark.parametrize("linear", [True, False], ids=["delta", "attention"])
+def test_states_that_nobody_else_holds_are_written_in_place(linear):
+    layer, cache = fused_of(layer_of(linear, {"bits": 4, "group_size": 32})), cache_of(linear)
+    mx.eval(layer(mx.random.normal((1, 6, 128)), None if linear else "causal", cache))
+    places = []
+    for _ in range(3):
+        mx.eval(layer(mx.random.normal((1, 1, 128)), None, cache))
+        held = [cache[0], cache[1]] if linear else [cache.keys, cache.values]
+        places.append([np.frombuffer(a, np.uint8).ctypes.data for a in held])
+        del held
+    assert places[0] == places[1] == places[2]
+
+
 def test_blocks_refuse_a_state_that_is_not_theirs():
     layer = fused_of(layer_of(True, None))
     block = layer._blocks["mixer"]

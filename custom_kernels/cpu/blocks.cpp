@@ -96,6 +96,53 @@ void project(Team& team, const Stack& stack, const Prepared& inner, const Hidden
   }
 }
 
+// What the next router would choose if it saw this hidden state.
+class Guess {
+ public:
+  Guess(Scratch& scratch, const NextRouter& next, const Hidden& h)
+      : next_(next), tokens_(h.tokens), router_{&next.router}, x_(scratch, normed(scratch, next, h),
+                                                                  h.tokens, h.width) {
+    router_.add_formats(x_);
+    logits_ = scratch.take<float>(tokens_ * router_.rows());
+  }
+
+  // One phase of the region.
+  void multiply(Team& team) const { router_.multiply(team, x_, tokens_, logits_); }
+
+  void tell() const {
+    std::vector<uint32_t> chosen(tokens_ * next_.top_k);
+    for (int64_t t = 0; t < tokens_; t++) {
+      isa().ops.top_k(logits_ + t * router_.rows(), router_.rows(), next_.top_k,
+                      chosen.data() + t * next_.top_k);
+    }
+    std::vector<int32_t> experts;  // distinct, by rank
+    for (int64_t rank = 0; rank < next_.top_k; rank++) {
+      for (int64_t t = 0; t < tokens_; t++) {
+        auto expert = static_cast<int32_t>(chosen[t * next_.top_k + rank]);
+        bool known = std::find(experts.begin(), experts.end(), expert) != experts.end();
+        if (!known) experts.push_back(expert);
+      }
+    }
+    next_.pool->look_ahead(experts);
+  }
+
+ private:
+  static const float* normed(Scratch& scratch, const NextRouter& next, const Hidden& h) {
+    auto* x = scratch.take<float>(h.tokens * h.width);
+    for (int64_t t = 0; t < h.tokens; t++) {
+      isa().ops.rms_norm(h.x + t * h.width, next.norm.weight.data(), next.norm.eps, h.width,
+                         x + t * h.width);
+    }
+    return x;
+  }
+
+  const NextRouter& next_;
+  int64_t tokens_;
+  Stack router_;
+  Prepared x_;
+  float* logits_;
+};
+
 void check_one_token(const mx::array& h, int64_t width) {
   if (h.ndim() != 3 || h.shape(1) != 1 || h.shape(2) != width) {
     throw std::invalid_argument("A decode block takes one token of each sequence: [B, 1, D].");
@@ -117,7 +164,12 @@ void run(const MoeBlock& block, const mx::array& input, mx::array& output) {
     if (e->gate) x.add(e->gate->format());
   }
   auto* logits = scratch.take<float>(h.tokens * first.rows());
-  Pool::shared().run([&](Team& team) { first.multiply(team, x, h.tokens, logits); });
+  std::optional<Guess> guess;
+  if (block.next) guess.emplace(scratch, *block.next, h);
+  Pool::shared().run([&](Team& team) {
+    first.multiply(team, x, h.tokens, logits);
+    if (guess) guess->multiply(team);
+  });
 
   auto* indices = scratch.take<uint32_t>(h.tokens * k);
   auto* scores = scratch.take<float>(h.tokens * k);
@@ -137,7 +189,9 @@ void run(const MoeBlock& block, const mx::array& input, mx::array& output) {
     always.push_back({block.shared.get(), 0, t, nullptr, nullptr, shared + t * width});
     equip(scratch, always.back());
   }
-  visit(*block.experts, routing, k, x, parts, always);
+  visit(*block.experts, routing, k, x, parts, always, [&] {
+    if (guess) guess->tell();
+  });
 
   auto* y = scratch.take<float>(width);
   for (int64_t t = 0; t < h.tokens; t++) {
@@ -326,11 +380,22 @@ void bind_blocks(nb::module_& m) {
              if (top_k < 1 || top_k > router.out()) {
                throw std::invalid_argument("top_k is between 1 and the number of experts.");
              }
-             return std::make_shared<MoeBlock>(MoeBlock{{}, norm_of(norm, eps), std::move(router), top_k, renormalize,
-                                 std::move(experts), std::move(shared), std::move(shared_gate)});
+             return std::make_shared<MoeBlock>(
+                 MoeBlock{{}, norm_of(norm, eps), std::move(router), top_k, renormalize,
+                          std::move(experts), std::move(shared), std::move(shared_gate), {}});
            }),
            "norm"_a, "eps"_a, "router"_a, "top_k"_a, "renormalize"_a, "experts"_a,
            "shared"_a.none(), "shared_gate"_a.none())
+      .def("look_ahead",
+           [](MoeBlock& b, const mx::array& norm, float eps, Weights router, int top_k,
+              std::shared_ptr<ExpertPool> pool) {
+             if (top_k < 1 || top_k > router.out() || router.out() != pool->num_experts() ||
+                 router.in() != b.router.in()) {
+               throw std::invalid_argument("That router does not choose among that pool's experts.");
+             }
+             b.next = NextRouter{norm_of(norm, eps), std::move(router), top_k, std::move(pool)};
+           },
+           "norm"_a, "eps"_a, "router"_a, "top_k"_a, "pool"_a)
       .def("__call__", [](std::shared_ptr<MoeBlock> b, const mx::array& h) { return call(std::move(b), h); });
   nb::class_<DeltaBlock>(m, "DeltaBlock")
       .def(nb::new_([](const mx::array& norm, float eps, Weights qkv, Weights z, Weights b,

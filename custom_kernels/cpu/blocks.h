@@ -16,6 +16,15 @@ struct Norm {
   float eps;
 };
 
+// The router that comes next, which guesses at its experts from the hidden state at hand: between
+// the two lie one MoE's and one mixer's contribution, a small part of the residual stream.
+struct NextRouter {
+  Norm norm;
+  Weights router;  // [experts, in]
+  int top_k;
+  std::shared_ptr<ExpertPool> pool;
+};
+
 // h + moe(norm(h)), as qwen3_next's sparse MoE block: softmax over all experts, the top_k of it,
 // renormalized or not, plus a shared expert behind a sigmoid gate.
 struct MoeBlock : Shared<MoeBlock> {
@@ -26,6 +35,7 @@ struct MoeBlock : Shared<MoeBlock> {
   std::shared_ptr<Experts> experts;
   std::shared_ptr<Experts> shared;    // a stack of one, or none
   std::optional<Weights> shared_gate;  // [1, in]
+  std::optional<NextRouter> next;
 };
 
 // h + gated_delta_net(norm(h)), as qwen3_5's. Keys and queries have `key_heads`, values

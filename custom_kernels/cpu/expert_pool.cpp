@@ -19,6 +19,10 @@ namespace {
 // keeping makes room: this many reads hide each other's latency and the caller's computing.
 constexpr int kBusySlots = 16;
 
+// Ranks of a guess are read if more often right than this, by a mean over some kMemory calls.
+constexpr float kTrust = 0.5f;
+constexpr float kMemory = 16;
+
 enum class State : uint8_t { on_disk, reading, in_slot, released };
 
 struct Member {
@@ -28,9 +32,22 @@ struct Member {
   State state;
 };
 
+// Experts that are read before they are asked for, each into a slot that is bound to nothing yet.
+struct Ahead {
+  explicit Ahead(Files& files) : batch(files) {}
+  Files::Batch batch;  // its tags count `experts`
+  std::vector<int> experts;
+  std::vector<int> slots;  // -1 once bound
+};
+
 }  // namespace
 
 struct ExpertPool::Impl {
+  int free_slot();
+  void bind_ahead();
+  void stop_ahead();
+  bool is_ahead(int expert) const;
+
   std::shared_ptr<Files> files;
   std::vector<Parameter> parameters;
   int num_slots;
@@ -44,6 +61,10 @@ struct ExpertPool::Impl {
   std::vector<int> slot_of;    // by expert, -1 on disk
   std::vector<int> free;
   PoolStats stats;
+  std::unique_ptr<Ahead> ahead;
+  std::vector<int32_t> guess;  // the last one
+  std::vector<float> trust;    // by rank
+  std::vector<uint8_t> fresh;  // by expert: read ahead, and not asked for since
   bool records = false;
   std::vector<std::vector<int32_t>> trace;
 };
@@ -81,6 +102,7 @@ ExpertPool::ExpertPool(std::shared_ptr<Files> files, std::vector<Parameter> para
   impl_->policy = make_policy(policy, static_cast<int>(count));
   impl_->stays = impl_->pinned;
   impl_->slot_of.assign(count, -1);
+  impl_->fresh.assign(count, 0);
   for (int slot = num_slots; slot-- > 0;) impl_->free.push_back(slot);
 }
 
@@ -132,11 +154,97 @@ std::vector<int> ExpertPool::place(const std::vector<int32_t>& experts) {
   return slots;
 }
 
+// An empty slot, or that of the expert that is worth least; -1 if all stay.
+int ExpertPool::Impl::free_slot() {
+  if (!free.empty()) {
+    int slot = free.back();
+    free.pop_back();
+    return slot;
+  }
+  int victim = policy->evict(stays);
+  if (victim < 0) return -1;
+  stats.evictions++;
+  fresh[victim] = 0;
+  return std::exchange(slot_of[victim], -1);
+}
+
+// Makes residents of what was read ahead and has arrived. Forgets it all if a read failed.
+void ExpertPool::Impl::bind_ahead() {
+  if (!ahead) return;
+  try {
+    for (int tag : ahead->batch.arrived(false)) {
+      int expert = ahead->experts[tag];
+      slot_of[expert] = std::exchange(ahead->slots[tag], -1);
+      policy->insert(expert);
+      fresh[expert] = 1;
+    }
+  } catch (const ReadError&) {  // whoever needs those bytes will ask for them, and be told
+    for (int slot : ahead->slots) {
+      if (slot >= 0) free.push_back(slot);
+    }
+    ahead = nullptr;
+    return;
+  }
+  if (std::all_of(ahead->slots.begin(), ahead->slots.end(), [](int slot) { return slot < 0; })) {
+    ahead = nullptr;
+  }
+}
+
+// Gives back the slots of what has not arrived.
+void ExpertPool::Impl::stop_ahead() {
+  ahead->batch.stop();
+  bind_ahead();
+  if (!ahead) return;
+  for (int slot : ahead->slots) {
+    if (slot >= 0) free.push_back(slot);
+  }
+  ahead = nullptr;
+}
+
+bool ExpertPool::Impl::is_ahead(int expert) const {
+  if (!ahead) return false;
+  auto at = std::find(ahead->experts.begin(), ahead->experts.end(), expert);
+  return at != ahead->experts.end() && ahead->slots[at - ahead->experts.begin()] >= 0;
+}
+
+void ExpertPool::look_ahead(const std::vector<int32_t>& guess) {
+  Impl& pool = *impl_;
+  std::lock_guard lock(pool.mutex);
+  if (pool.held) return;
+  pool.bind_ahead();
+  if (pool.ahead) return;  // the last guess is still being read
+  pool.guess = guess;
+  if (pool.trust.size() < guess.size()) pool.trust.resize(guess.size(), 1.0f);
+  for (int expert : guess) pool.stays[expert] = 1;  // no guess at the cost of another
+  std::vector<Read> reads;
+  auto ahead = std::make_unique<Ahead>(*pool.files);
+  for (size_t rank = 0; rank < guess.size(); rank++) {
+    int expert = guess[rank];
+    if (pool.slot_of[expert] >= 0 || pool.trust[rank] < kTrust) continue;
+    int slot = pool.free_slot();
+    if (slot < 0) break;
+    int tag = static_cast<int>(ahead->experts.size());
+    ahead->experts.push_back(expert);
+    ahead->slots.push_back(slot);
+    for (auto& parameter : pool.parameters) {
+      reads.push_back(
+          {parameter.experts[expert], parameter.slots + slot * parameter.slot_bytes, tag});
+    }
+  }
+  for (int expert : guess) pool.stays[expert] = pool.pinned[expert];
+  if (reads.empty()) return;
+  pool.stats.ahead += ahead->experts.size();
+  ahead->batch.submit(reads, false);
+  pool.ahead = std::move(ahead);
+}
+
 struct ExpertPool::Fetch::Impl {
   explicit Impl(ExpertPool::Impl& pool);
   ~Impl();
 
   void begin(const int32_t* experts, int count);
+  void learn(const int32_t* experts, int count);
+  void collect_ahead();
   void read_missing();
   int find_slot();
   int reuse_slot();
@@ -146,6 +254,7 @@ struct ExpertPool::Fetch::Impl {
   ExpertPool::Impl& pool;
   Files::Batch batch;
   std::vector<Member> members;
+  std::vector<int> coming;   // which of them are being read ahead
   std::vector<int> missing;  // which of them, in the order they are read
   size_t next = 0;           // the first of those that has no slot yet
   std::vector<Ready> ready;
@@ -164,6 +273,7 @@ ExpertPool::Fetch::Impl::Impl(ExpertPool::Impl& pool) : pool(pool), batch(*pool.
 
 ExpertPool::Fetch::Impl::~Impl() {
   batch.stop();
+  coming.clear();
   try {
     collect(false);
     settle(true);
@@ -180,25 +290,42 @@ void ExpertPool::Fetch::Impl::begin(const int32_t* experts, int count) {
   members.reserve(count);
   std::lock_guard lock(pool.mutex);
   if (pool.records) pool.trace.emplace_back(experts, experts + count);
+  learn(experts, count);
+  pool.bind_ahead();
+  if (pool.ahead && count + static_cast<int>(pool.ahead->slots.size()) > pool.num_slots) {
+    pool.stop_ahead();
+  }
   for (int which = 0; which < count; which++) {
     int expert = experts[which], slot = pool.slot_of[expert];
-    bool hit = slot >= 0;
+    bool fresh = std::exchange(pool.fresh[expert], 0), hit = slot >= 0;
     members.push_back({expert, slot, hit, hit ? State::in_slot : State::on_disk});
     pool.stays[expert] = 1;
     if (hit) {
-      pool.policy->touch(expert);
+      if (!fresh) pool.policy->touch(expert);
       ready.push_back({which, slot});
+    } else if (pool.is_ahead(expert)) {
+      members.back().state = State::reading;
+      coming.push_back(which);
     } else {
       missing.push_back(which);
     }
+    pool.stats.hits += hit && !fresh;
+    pool.stats.misses += !hit || fresh;
   }
-  busy = static_cast<int>(ready.size());
-  pool.stats.hits += ready.size();
-  pool.stats.misses += missing.size();
+  busy = static_cast<int>(ready.size() + coming.size());
+}
+
+// How right the last guess was, rank by rank.
+void ExpertPool::Fetch::Impl::learn(const int32_t* experts, int count) {
+  for (size_t rank = 0; rank < pool.guess.size(); rank++) {
+    bool right = std::find(experts, experts + count, pool.guess[rank]) != experts + count;
+    pool.trust[rank] += ((right ? 1.0f : 0.0f) - pool.trust[rank]) / kMemory;
+  }
+  pool.guess.clear();
 }
 
 void ExpertPool::Fetch::Impl::read_missing() {
-  if (next == missing.size()) return;
+  if (settled || next == missing.size()) return;
   std::vector<Read> reads;
   {
     std::lock_guard lock(pool.mutex);
@@ -217,18 +344,10 @@ void ExpertPool::Fetch::Impl::read_missing() {
 }
 
 int ExpertPool::Fetch::Impl::find_slot() {
-  if (!pool.free.empty()) {
-    int slot = pool.free.back();
-    pool.free.pop_back();
-    return slot;
-  }
-  if (stale) {
-    int victim = pool.policy->evict(pool.stays);
-    stale = victim >= 0;
-    if (stale) {
-      pool.stats.evictions++;
-      return std::exchange(pool.slot_of[victim], -1);
-    }
+  if (stale || !pool.free.empty()) {
+    int slot = pool.free_slot();
+    stale = slot >= 0;
+    if (stale) return slot;
   }
   return reuse_slot();
 }
@@ -248,9 +367,39 @@ int ExpertPool::Fetch::Impl::reuse_slot() {
   return std::exchange(member.slot, -1);
 }
 
+// Moves what was read ahead and has arrived to `ready`, and what failed to `missing`.
+void ExpertPool::Fetch::Impl::collect_ahead() {
+  {
+    std::lock_guard lock(pool.mutex);
+    pool.bind_ahead();
+    std::erase_if(coming, [this](int which) {
+      Member& member = members[which];
+      member.slot = pool.slot_of[member.expert];
+      if (member.slot >= 0) {
+        member.state = State::in_slot;
+        member.hit = true;  // bound, and known to the policy
+        pool.fresh[member.expert] = 0;
+        ready.push_back({which, member.slot});
+      } else if (!pool.ahead) {
+        member.state = State::on_disk;
+        missing.push_back(which);
+        busy--;
+      }
+      return member.state != State::reading;
+    });
+  }
+  read_missing();
+}
+
 // Moves what has arrived to `ready`.
 void ExpertPool::Fetch::Impl::collect(bool wait) {
+  if (!coming.empty()) collect_ahead();
+  while (wait && ready.empty() && !coming.empty()) {
+    pool.ahead->batch.wait();
+    collect_ahead();
+  }
   try {
+    wait = wait && ready.empty();
     for (int which : batch.arrived(wait)) {
       members[which].state = State::in_slot;
       ready.push_back({which, members[which].slot});

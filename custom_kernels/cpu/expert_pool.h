@@ -13,7 +13,9 @@
 namespace flash {
 
 struct PoolStats {
+  // An expert that was read ahead for the call that wanted it is a miss of that call.
   int64_t hits = 0, misses = 0, evictions = 0;
+  int64_t ahead = 0;  // experts whose reading began before they were asked for
 };
 
 // One parameter of a layer's experts: where each lies on disk, where slot 0 lies in RAM.
@@ -43,6 +45,12 @@ class ExpertPool : public Shared<ExpertPool> {
   // Makes these distinct experts resident and returns their slots, which hold until the next call.
   // Throws std::invalid_argument if there are more of them than slots, or one occurs twice.
   std::vector<int> place(const std::vector<int32_t>& experts);
+
+  // A guess at the experts of the next call, the likeliest first: reads of missing ones may begin.
+  // Each rank of a guess is held to what came true of it before: a rank that is wrong too often is
+  // not read. Never waits, reads nothing while a call holds the layer, and what cannot be read is
+  // the next call's to find out.
+  void look_ahead(const std::vector<int32_t>& guess);
 
   // The experts of one call, distinct, in the order of their worth: the last is the one to keep.
   // Holds the layer until destroyed, so a thread must not make a second one; the destructor waits

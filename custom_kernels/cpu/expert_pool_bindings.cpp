@@ -135,20 +135,24 @@ void prefer_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] size_t byt
 #endif
 }
 
-mx::array empty_slots(const std::vector<int>& shape, mx::Dtype dtype, size_t alignment) {
+// Memory that begins `phase` bytes after a multiple of `alignment`, which kernels and disks do not
+// mind: a direct read goes straight into place where memory and file lie equally in their pages.
+mx::array empty_slots(const std::vector<int>& shape, mx::Dtype dtype, size_t alignment,
+                      size_t phase) {
   size_t item = size_of(dtype), size = 1;
   for (int n : shape) {
     if (n < 0) throw std::invalid_argument("A shape has no negative sizes.");
     size *= n;
   }
-  if (!std::has_single_bit(alignment) || alignment % item) {
-    throw std::invalid_argument("The alignment is a power of two, at least the item's size.");
+  if (!std::has_single_bit(alignment) || alignment % item || phase >= alignment) {
+    throw std::invalid_argument(
+        "The alignment is a power of two, at least the item's size, and more than the phase.");
   }
   mx::array array(mx::Shape(shape.begin(), shape.end()), dtype, nullptr, {});
   // Not of two parts: an offset within one allocation, which MLX frees as a whole.
-  auto data = mx::allocator::malloc(size * item + alignment);
+  auto data = mx::allocator::malloc(size * item + 2 * alignment);
   auto base = reinterpret_cast<uintptr_t>(data.buffer().raw_ptr());
-  int64_t offset = -base & (alignment - 1);
+  int64_t offset = (-base & (alignment - 1)) + phase;
   prefer_huge_pages(reinterpret_cast<void*>(base + offset), size * item);
   auto strides = array.strides();
   auto flags = array.flags();
@@ -210,10 +214,13 @@ void bind_expert_pool(nb::module_& m) {
       .def("resident", &ExpertPool::resident)
       .def("record", &ExpertPool::record)
       .def("trace", &ExpertPool::trace)
+      .def_prop_ro("read_ahead", [](const ExpertPool& pool) { return pool.stats().ahead; })
+      .def("look_ahead", &ExpertPool::look_ahead, "guess"_a, NoGil())
       .def("place", &ExpertPool::place, "experts"_a, NoGil())
       .def("place_in_graph", &place_in_graph, "indices"_a, "after"_a = nb::none());
 
-  m.def("empty_slots", &empty_slots, "shape"_a, "dtype"_a, "alignment"_a = 4096);
+  m.def("empty_slots", &empty_slots, "shape"_a, "dtype"_a, "alignment"_a = 4096,
+        "phase"_a = 0);
 }
 
 }  // namespace flash

@@ -131,7 +131,7 @@ Routing route(const uint32_t* indices, int64_t tokens, int64_t top_k) {
 using Ready = ExpertPool::Fetch::Ready;
 
 void visit(const Experts& experts, const Routing& routing, int64_t top_k, const Prepared& x,
-           float* parts, std::vector<Visit> always) {
+           float* parts, std::vector<Visit> always, const std::function<void()>& reading) {
   Scratch scratch;
   auto add = [&](std::vector<Visit>& visits, int which, int64_t slot) {
     for (int32_t pair : routing.pairs[which]) {
@@ -145,10 +145,12 @@ void visit(const Experts& experts, const Routing& routing, int64_t top_k, const 
   };
   if (!experts.pool) {
     for (size_t i = 0; i < routing.experts.size(); i++) add(always, i, routing.experts[i]);
+    if (reading) reading();
     return go(always);
   }
   ExpertPool::Fetch fetch(*experts.pool, routing.experts.data(),
                           static_cast<int>(routing.experts.size()));
+  if (reading) reading();
   std::vector<Visit> visits = std::move(always);
   auto ready = fetch.take(false);
   for (size_t left = routing.experts.size();;) {

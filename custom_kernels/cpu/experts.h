@@ -2,6 +2,7 @@
 // missing experts are read.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -83,7 +84,8 @@ Routing route(const uint32_t* indices, int64_t tokens, int64_t top_k);
 
 // Every token through each of its experts, hits first, together with the visits that wait for
 // nothing (a shared expert), the others as their bytes come. parts: [tokens, top_k, out]
+// `reading` is called once, when the reads have begun.
 void visit(const Experts& experts, const Routing& routing, int64_t top_k, const Prepared& x,
-           float* parts, std::vector<Visit> always);
+           float* parts, std::vector<Visit> always, const std::function<void()>& reading = {});
 
 }  // namespace flash

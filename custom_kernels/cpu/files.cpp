@@ -100,6 +100,7 @@ struct Run {
   int64_t offset;
   int64_t bytes = 0;
   std::vector<Piece> pieces;
+  bool urgent = true;
   int64_t end() const { return offset + bytes; }
 };
 
@@ -150,28 +151,98 @@ void read_cached(const File& file, const Run& run) {
   }
 }
 
-bool is_aligned(const File& file, const Run& run) {
-  int64_t bits = run.offset;
-  uintptr_t address = 0;
+// Whether every piece lies in its pages of memory as it does in those of the file.
+bool is_congruent(const Run& run) {
+  int64_t offset = run.offset;
   for (auto& piece : run.pieces) {
-    bits |= piece.bytes;
-    address |= reinterpret_cast<uintptr_t>(piece.to);
+    if ((reinterpret_cast<uintptr_t>(piece.to) - offset) % kPage) return false;
+    offset += piece.bytes;
   }
-  return bits % file.offset_align == 0 && address % file.memory_align == 0;
+  return true;
 }
 
-// Straight into place. False if the file system refuses.
-bool read_aligned(const File& file, const Run& run) {
-  for (int64_t done = 0; done < run.bytes;) {
-    ssize_t n = read_some(file.direct_fd, rest(run, done), run.offset + done);
-    if (n < 0 && errno == EINVAL) return false;
-    if (n < 0) throw failed(file, errno, run.offset + done);
-    done += n;
-    // A direct read ends within a block only where the file does.
-    if (n == 0 || (done < run.bytes && n % file.offset_align)) {
-      throw ends_early(file, run.offset + done, run);
+// Whole pages of a file: those that lie within a piece go where they belong, others to `bounce`.
+class Pages {
+ public:
+  Pages(const Run& run, uint8_t* bounce) : first_(run.offset / kPage * kPage), bounce_(bounce) {
+    int64_t start = run.offset;
+    for (auto& piece : run.pieces) {
+      int64_t end = start + piece.bytes, page = start / kPage * kPage;
+      while (page < end) {
+        if (page < start || page + kPage > end) {
+          share(page, start, end, piece.to);
+          page += kPage;
+        } else {
+          int64_t bytes = (end - page) / kPage * kPage;
+          to_.push_back({piece.to + (page - start), static_cast<size_t>(bytes)});
+          page += bytes;
+        }
+      }
+      start = end;
     }
   }
+
+  int64_t first() const { return first_; }
+  bool fits() const { return to_.size() <= 2 * kRunPieces && used_ <= kBounceBytes; }
+
+  // What is left to fill once the first `done` bytes are in.
+  std::vector<iovec> rest(int64_t done) const {
+    std::vector<iovec> left;
+    for (auto [base, bytes] : to_) {
+      int64_t skipped = std::min<int64_t>(done, bytes);
+      done -= skipped;
+      if (skipped < static_cast<int64_t>(bytes)) {
+        left.push_back({static_cast<uint8_t*>(base) + skipped, bytes - skipped});
+      }
+    }
+    return left;
+  }
+
+  void copy_shared() const {
+    for (auto& part : parts_) std::memcpy(part.to, part.from, part.bytes);
+  }
+
+ private:
+  struct Part {
+    const uint8_t* from;
+    uint8_t* to;
+    size_t bytes;
+  };
+
+  void share(int64_t page, int64_t start, int64_t end, uint8_t* to) {
+    if (page != last_) {
+      last_ = page;
+      if (used_ < kBounceBytes) to_.push_back({bounce_ + used_, kPage});
+      used_ += kPage;
+    }
+    int64_t begin = std::max(page, start), stop = std::min(page + kPage, end);
+    const uint8_t* from = bounce_ + used_ - kPage;
+    parts_.push_back({from + (begin - page), to + (begin - start), static_cast<size_t>(stop - begin)});
+  }
+
+  int64_t first_;
+  uint8_t* bounce_;
+  int64_t used_ = 0;
+  int64_t last_ = -1;
+  std::vector<iovec> to_;
+  std::vector<Part> parts_;
+};
+
+// Straight into place. False if the file system refuses.
+bool read_in_place(const File& file, const Run& run, const Pages& pages) {
+  int64_t wanted = run.end() - pages.first();
+  for (int64_t done = 0; done < wanted;) {
+    int64_t at = pages.first() + done;
+    ssize_t n = read_some(file.direct_fd, pages.rest(done), at);
+    if (n < 0 && errno == EINVAL) return false;
+    if (n < 0) throw failed(file, errno, std::max(at, run.offset));
+    done += n;
+    // A direct read ends within a block only where the file does.
+    if (done < wanted && (n == 0 || n % file.offset_align)) {
+      throw ends_early(file, std::max(at + n, run.offset), run);
+    }
+  }
+  pages.copy_shared();
   return true;
 }
 
@@ -224,7 +295,7 @@ std::vector<Run> merge(Files::Batch* batch, const std::vector<Read>& reads) {
                     runs.back().end() == from.offset &&
                     runs.back().bytes + from.bytes <= kRunBytes &&
                     runs.back().pieces.size() < kRunPieces;
-    if (!adjacent) runs.push_back({batch, from.file, from.offset, 0, {}});
+    if (!adjacent) runs.push_back({batch, from.file, from.offset, 0, {}, true});
     runs.back().pieces.push_back({to, from.bytes, tag});
     runs.back().bytes += from.bytes;
   }
@@ -442,7 +513,13 @@ void Files::Impl::work(int thread) {
 void Files::Impl::read(const Run& run, uint8_t* bounce) {
   File& file = files[run.file];
   if (file.direct) {
-    if (is_aligned(file, run) ? read_aligned(file, run) : read_bounced(file, run, bounce)) return;
+    bool in_place = false;
+    if (kPage % file.offset_align == 0 && kPage % file.memory_align == 0 && is_congruent(run)) {
+      Pages pages(run, bounce);
+      in_place = pages.fits();
+      if (in_place && read_in_place(file, run, pages)) return;
+    }
+    if (!in_place && read_bounced(file, run, bounce)) return;
     file.direct = false;
   }
   read_cached(file, run);
@@ -456,7 +533,7 @@ void Files::Impl::check_unchanged(const Run& run) {
   std::lock_guard lock(mutex);
   int64_t end = run.batch->impl_->ends[run.file];
   if (now.bytes >= 0 && now.bytes < end) {
-    Run wanted{run.batch, run.file, now.bytes, end - now.bytes, {}};
+    Run wanted{run.batch, run.file, now.bytes, end - now.bytes, {}, true};
     throw ends_early(file, now.bytes, wanted);
   }
   throw ReadError(ESTALE, file.path, "changed on disk since it was loaded; load the model again");
@@ -477,7 +554,7 @@ Files::Batch::Batch(Files& files) : impl_(std::make_unique<Impl>(*files.impl_)) 
 
 Files::Batch::~Batch() { stop(); }
 
-void Files::Batch::submit(const std::vector<Read>& reads) {
+void Files::Batch::submit(const std::vector<Read>& reads, bool urgent) {
   std::vector<Run> runs = merge(this, reads);
   auto& files = impl_->files;
   size_t count = runs.size();
@@ -500,18 +577,27 @@ void Files::Batch::submit(const std::vector<Read>& reads) {
       if (first && impl_->missing[reads[i].tag] == 0) impl_->arrived.push_back(reads[i].tag);
     }
     impl_->queued += static_cast<int>(count);
-    std::move(runs.begin(), runs.end(), std::back_inserter(files.queue));
+    for (auto& run : runs) run.urgent = urgent;
+    auto place = files.queue.end();
+    if (urgent) {
+      place = std::find_if(files.queue.begin(), place, [](const Run& run) { return !run.urgent; });
+    }
+    files.queue.insert(place, std::make_move_iterator(runs.begin()),
+                       std::make_move_iterator(runs.end()));
   }
   for (size_t i = 0; i < std::min(count, files.threads.size()); i++) files.wake.notify_one();
 }
 
-std::vector<int> Files::Batch::arrived(bool wait) {
+void Files::Batch::wait() {
   std::unique_lock lock(impl_->files.mutex);
-  if (wait) {
-    impl_->changed.wait(lock, [this] {
-      return impl_->idle() || (!impl_->error && !impl_->arrived.empty());
-    });
-  }
+  impl_->changed.wait(lock, [this] {
+    return impl_->idle() || (!impl_->error && !impl_->arrived.empty());
+  });
+}
+
+std::vector<int> Files::Batch::arrived(bool wait) {
+  if (wait) this->wait();
+  std::unique_lock lock(impl_->files.mutex);
   if (impl_->error) {
     impl_->changed.wait(lock, [this] { return impl_->idle(); });
     throw *impl_->error;

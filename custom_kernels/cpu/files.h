@@ -40,8 +40,9 @@ struct Read {
 // The files of a checkpoint, opened once, and the threads that read from them. Files stay open:
 // deleting one does no harm, and one that changed since is noticed after every read and refused.
 //
-// With `direct`, reads bypass the page cache (O_DIRECT, F_NOCACHE): straight into place where file
-// offset, length and address are aligned, through an aligned buffer of the thread's elsewhere.
+// With `direct`, reads bypass the page cache (O_DIRECT, F_NOCACHE): straight into place, but for the
+// pages at the ends, where address and file offset lie equally in their pages; elsewhere through an
+// aligned buffer of the thread's.
 // Where the file system refuses that, reads go through the page cache after all.
 class Files : public Shared<Files> {
  public:
@@ -74,13 +75,17 @@ class Files::Batch {
   Batch(const Batch&) = delete;
   Batch& operator=(const Batch&) = delete;
 
-  // Lower tags are read first. All reads of a tag come in one call.
-  void submit(const std::vector<Read>& reads);
+  // Lower tags are read first. All reads of a tag come in one call. What is `urgent` is read
+  // before all that is not.
+  void submit(const std::vector<Read>& reads, bool urgent = true);
 
   // Tags whose bytes are all there and that were not returned before. With `wait`, blocks until
   // there is one, or none is on its way. Throws ReadError if a read failed: by then what had not
   // begun is dropped, and none is in flight.
   std::vector<int> arrived(bool wait);
+
+  // Blocks until `arrived` has something to say, or nothing is on its way.
+  void wait();
 
   // Drops what has not begun and waits for what has: nothing is written after.
   void stop() noexcept;

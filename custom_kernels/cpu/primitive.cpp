@@ -56,6 +56,11 @@ class Kernel : public mx::Primitive {
         encoder.add_temporary(std::move(whole));
       }
     }
+    // Every output has a list of the inputs. Those of the others, which nobody reads any more, would
+    // keep an input from being donated.
+    for (auto& output : outputs) {
+      if (&output.inputs() != &inputs && !output.is_tracer()) output.inputs().clear();
+    }
     std::vector<int> copies(outputs.size(), -1);
     for (size_t i = 0; i < outputs.size(); i++) {
       int source = reuses_[i];

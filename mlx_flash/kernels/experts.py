@@ -37,6 +37,7 @@ class NativeSwitch(nn.Module):
         super().__init__()
         self.switch = switch
         object.__setattr__(self, "experts", experts_of(switch, native, pool))
+        object.__setattr__(self, "pool", pool)
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         # x: [..., D], indices: [..., top_k] -> [..., top_k, D]

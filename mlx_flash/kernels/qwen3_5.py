@@ -4,6 +4,7 @@ The reference is mlx-lm's ``DecoderLayer``, whose submodules still compute promp
 the stock layer is some sixty nodes of MLX's graph, each cheaper than its own scheduling.
 """
 
+import itertools
 from types import ModuleType
 from typing import Any
 
@@ -68,12 +69,23 @@ def use_native(model: nn.Module, native: ModuleType) -> None:
 
     Call it when the weights are in memory and the switch layers are ``NativeSwitch``.
     """
-    for _, module in model.named_modules():
-        if type(module) is DecoderLayer and _supported(module):
-            blocks = {"mixer": _mixer(module, native), "moe": _moe(module, native)}
-            object.__setattr__(module, "_blocks", blocks)
-            module.__class__ = NativeDecoderLayer
-            module.mlp.__class__ = NativeSparseMoeBlock
+    for _, layer in model.named_modules():
+        if type(layer) is DecoderLayer and _supported(layer):
+            blocks = {"mixer": _mixer(layer, native), "moe": _moe(layer, native)}
+            object.__setattr__(layer, "_blocks", blocks)
+            layer.__class__ = NativeDecoderLayer
+            layer.mlp.__class__ = NativeSparseMoeBlock
+    for layer, after in itertools.pairwise(getattr(model, "layers", ())):
+        if type(layer) is type(after) is NativeDecoderLayer and after.mlp.switch_mlp.pool:
+            _look_ahead(layer, after, native)
+
+
+def _look_ahead(layer: Any, after: Any, native: ModuleType) -> None:
+    """Let a layer's MoE begin the reads that the MoE after it will probably want."""
+    norm, moe = after.post_attention_layernorm, after.mlp
+    layer._blocks["moe"].look_ahead(
+        norm.weight, norm.eps, weights_of(moe.gate, native), moe.top_k, moe.switch_mlp.pool
+    )
 
 
 def _supported(layer: Any) -> bool:
