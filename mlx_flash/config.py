@@ -6,7 +6,7 @@ from .errors import UsageError
 from .streaming.eviction import POLICIES
 from .streaming.reader import READERS
 
-KERNELS = ("auto", "native", "reference")
+KERNELS = ("auto", "native", "reference", "graph")
 READERS_BY_NAME = ("auto", *READERS, "direct")
 
 
@@ -25,7 +25,9 @@ class StreamConfig:
             kernels only), ``auto``: direct where there is one.
         read_threads: Reads in flight.
         kernels: ``native``: the compiled kernels; ``reference``: MLX's own operations;
-            ``auto``: native on a CPU, where they are built.
+            ``graph``: MLX's own operations, with experts fetched inside MLX's graph by the
+            compiled pool, which has never run on a GPU; ``auto``: native on a CPU, where they
+            are built, and reference elsewhere.
         threads: Threads that compute, with native kernels. None: one per core.
 
     Raises:

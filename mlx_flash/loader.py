@@ -161,18 +161,20 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
         FlashError: If the budget is too small, or bytes cannot be read.
     """
     extension = _extension(lazy, knobs)
+    pools = extension or _pools(lazy, knobs)
     decided = make_plan(lazy, knobs)
     mx.set_cache_limit(_buffer_cache_bytes(decided.ram_bytes))
     paths = sorted({info.span.path for info in lazy.checkpoint.values()})
     if extension is not None:
         extension.set_threads(knobs.threads or os.cpu_count() or 1)
+    if pools is not None:
         direct = knobs.reader != "pread"
-        reader = extension.Files([str(p) for p in paths], knobs.read_threads, direct)
+        reader = pools.Files([str(p) for p in paths], knobs.read_threads, direct)
     else:
         name = "pread" if knobs.reader == "auto" else knobs.reader
         reader = READERS[name](paths, knobs.read_threads)
     try:
-        stores, whole = _give_slots(lazy, decided, knobs, reader, paths, extension)
+        stores, whole = _give_slots(lazy, decided, knobs, reader, paths, extension, pools)
         _read_residents(lazy, whole, extension, progress)
         _swap(lazy, stores, extension)
     except BaseException:
@@ -189,7 +191,7 @@ def slower_because(knobs: StreamConfig) -> str:
 
 def _extension(lazy: LazyModel, knobs: StreamConfig) -> ModuleType | None:
     """The compiled kernels, if they are to compute this model."""
-    if knobs.kernels == "reference":
+    if knobs.kernels in ("reference", "graph"):
         return None
     if knobs.kernels == "native" and native() is None:
         raise UsageError(f"--kernels native: {why_not()}.")
@@ -203,6 +205,17 @@ def _extension(lazy: LazyModel, knobs: StreamConfig) -> ModuleType | None:
     return None
 
 
+def _pools(lazy: LazyModel, knobs: StreamConfig) -> ModuleType | None:
+    """The compiled extension, if it only fetches and MLX computes."""
+    if knobs.kernels != "graph":
+        return None
+    if native() is None:
+        raise UsageError(f"--kernels graph: {why_not()}.")
+    if any(map(needs_dense, lazy.switches.values())):
+        raise UsageError("--kernels graph: MLX cannot compute these experts on this device.")
+    return native()
+
+
 def _give_slots(
     lazy: LazyModel,
     decided: Plan,
@@ -210,6 +223,7 @@ def _give_slots(
     reader: Any,
     paths: list[Path],
     extension: ModuleType | None,
+    pools: ModuleType | None,
 ) -> tuple[dict[str, Store], dict[str, NativeStore]]:
     """Put slots where the experts were of every layer that does not fit whole.
 
@@ -226,7 +240,7 @@ def _give_slots(
         num_slots = decided.slots[path] if streams else lazy.layers[path].count
         parameters = lazy.architecture.parameters(switch)
         slots = _shrink(parameters, switch, num_slots, extension, spans)
-        if extension is None:
+        if pools is None:
             stores[path] = ExpertStore(spans, slots, POLICIES[knobs.policy](), reader)
             continue
         numbers = {p: i for i, p in enumerate(paths)}
@@ -234,7 +248,7 @@ def _give_slots(
             name: [(numbers[s.path], s.offset, s.nbytes) for s in found]
             for name, found in spans.items()
         }
-        store = NativeStore(extension.ExpertPool(reader, places, slots, knobs.policy))
+        store = NativeStore(pools.ExpertPool(reader, places, slots, knobs.policy))
         if streams:
             stores[path] = store
         else:
@@ -253,7 +267,7 @@ def _swap(lazy: LazyModel, stores: Mapping[str, Store], extension: ModuleType | 
             continue
         if needs_dense(switch):
             use_dense(switch)
-        if isinstance(store, ExpertStore):
+        if isinstance(store, (ExpertStore, NativeStore)):
             swapped.append((path, StreamedSwitch(switch, store)))
     lazy.model.update_modules(tree_unflatten(swapped))
     if extension is not None:

@@ -85,6 +85,19 @@ def test_native_bfloat16_is_nearer_to_float32_than_mlx_is(checkpoints, resident,
     assert distance[0] < 0.5 * distance[1]
 
 
+@pytest.mark.skipif(native() is None, reason="SKIPPED LOUDLY: the native kernels are not built")
+@pytest.mark.parametrize("form", [f for f in FORMS if "bf16" not in f and "raw" not in f])
+def test_fetching_in_the_graph_says_what_mlx_lm_says(checkpoints, form):
+    stock, _ = mlx_lm.load(str(checkpoints(form)))
+    expected_tokens, expected = decode(stock, range(40, 100), 32, prefill_step_size=24)
+    slots = slots_for(mlx_flash.load(checkpoints(form), slots=1000, context=512)[0], 0.5)
+    model, _ = mlx_flash.load(checkpoints(form), slots=slots, context=512, kernels="graph")
+    tokens, logprobs = decode(model, range(40, 100), 32, prefill_step_size=24)
+    assert model.stats().evictions > 0
+    assert tokens == expected_tokens
+    assert mx.array_equal(logprobs, expected)
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("form", FORMS)

@@ -50,5 +50,7 @@ def main() -> None:
         sys.exit(app(prog_name="mlx-flash", standalone_mode=False))
     except typer.TyperException as error:
         if message := error.format_message():  # empty where the help has been shown
-            say_error(f"{message.rstrip('.')}. See `mlx-flash generate --help`.")
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "mlx-flash"
+            say_error(f"{message.rstrip('.')}. See `{command} --help`.")
         sys.exit(error.exit_code)

@@ -100,6 +100,7 @@ Kernels = Annotated[
     str,
     typer.Option(
         help="Who computes: native, the compiled kernels; reference, MLX's own operations; "
+        "graph, MLX's own with experts fetched inside its graph, never tried on a GPU; "
         "auto: native on a CPU, where they are built.",
         rich_help_panel=STREAMING,
     ),

@@ -66,6 +66,22 @@ class NativeStore:
         found: Trace = self.pool.trace()
         return found
 
+    def __contains__(self, expert: int) -> bool:
+        return expert in self.pool.resident()
+
+    def place(self, experts: Sequence[int]) -> list[int]:
+        """As ``ExpertStore.place``."""
+        slots: list[int] = self.pool.place(list(experts))
+        return slots
+
+    def place_in_graph(self, indices: mx.array, after: mx.array | None) -> mx.array:
+        """Expert ids of any shape to slot ids, once MLX gets there, and to ``after`` before.
+
+        No more ids than slots. Evaluating what depends on it raises what ``place`` would.
+        """
+        slots: mx.array = self.pool.place_in_graph(indices, after)
+        return slots
+
     def fill(self) -> None:
         """Read every expert into the slot of its number. There is a slot for each.
 

@@ -1,7 +1,8 @@
 """The seam: an mlx-lm switch layer whose expert axis holds slots.
 
-This is the reference path: one read of the router's indices per streamed layer, on any
-build of MLX. Slot ids are data, so the stock layer computes on them unchanged.
+Slot ids are data, so the stock layer computes on them unchanged. The reference path reads the
+router's indices once per streamed layer, on any build of MLX. With a ``NativeStore`` a decode step
+leaves that to a node of MLX's graph.
 """
 
 import mlx.core as mx
@@ -9,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from .store import ExpertStore
+from .store import ExpertStore, NativeStore
 
 LARGE_OUTPUT_BYTES = 1 << 20
 
@@ -21,10 +22,10 @@ class StreamedSwitch(nn.Module):
 
     Args:
         switch (nn.Module): The mlx-lm layer, its weights [num_slots, ...].
-        store (ExpertStore): Brings routed experts into those slots.
+        store (ExpertStore | NativeStore): Brings routed experts into those slots.
     """
 
-    def __init__(self, switch: nn.Module, store: ExpertStore):
+    def __init__(self, switch: nn.Module, store: ExpertStore | NativeStore):
         super().__init__()
         self.switch = switch
         self._store = store
@@ -32,6 +33,11 @@ class StreamedSwitch(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         # x: [..., D], indices: [..., top_k] -> [..., top_k, D]
+        if isinstance(self._store, NativeStore) and indices.size <= self._store.num_slots:
+            # What was computed on these slots before has to come first.
+            slots = self._store.place_in_graph(indices, self._pending)
+            self._pending = self.switch(x, slots)
+            return self._pending
         routed = np.array(indices)  # the one sync: disk reads need real ids
         experts = np.unique(routed)
         self._settle()
