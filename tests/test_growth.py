@@ -9,7 +9,7 @@ from mlx_flash.kernels import native, why_not
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # scripts, not a package
 
-import growth  # noqa: E402
+import growth
 
 if native() is None:
     pytest.skip(f"SKIPPED LOUDLY: no native extension: {why_not()}", allow_module_level=True)
