@@ -175,7 +175,7 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
         reader = READERS[name](paths, knobs.read_threads)
     try:
         stores, whole = _give_slots(lazy, decided, knobs, reader, paths, extension, pools)
-        _read_residents(lazy, whole, extension, progress)
+        _read_residents(lazy, decided, whole, extension, progress)
         _swap(lazy, stores, extension)
     except BaseException:
         reader.close()
@@ -313,6 +313,7 @@ def _shrink(
 
 def _read_residents(
     lazy: LazyModel,
+    decided: Plan,
     whole: Mapping[str, NativeStore],
     extension: ModuleType | None,
     progress: Progress | None,
@@ -344,13 +345,15 @@ def _read_residents(
                 ) from error
             advance(array.nbytes)
         if extension is not None:
-            _use_huge_pages(module, extension)
+            _use_huge_pages(module, extension, decided.ram_bytes)
 
 
-def _use_huge_pages(module: nn.Module, extension: ModuleType) -> None:
-    """Move a module's large arrays to where kernels read them faster."""
+def _use_huge_pages(module: nn.Module, extension: ModuleType, ram_bytes: int) -> None:
+    """Move a module's large arrays to where kernels read them faster, if there is room for both."""
     for name, value in module.items():
-        if isinstance(value, mx.array) and value.nbytes >= HUGE_PAGE_BYTES:
+        if not isinstance(value, mx.array) or value.nbytes < HUGE_PAGE_BYTES:
+            continue
+        if rss_bytes() + value.nbytes + OVERHEAD_BYTES <= ram_bytes:
             moved: Any = extension.empty_slots(value.shape, value.dtype)
             np.copyto(_host_bytes(moved), _host_bytes(value))
             module[name] = moved
