@@ -1,7 +1,7 @@
 """Composition root: mlx-lm's model, its routed experts left on disk."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -9,21 +9,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from numpy.typing import NDArray
 
 from .config import StreamConfig
-from .errors import CheckpointError, UsageError, brief
+from .errors import UsageError
 from .hub import resolve
 from .kernels import native, why_not
 from .kernels.dense_switch import needs_dense, use_dense
 from .kernels.experts import NativeSwitch, supports
 from .machine import Machine, rss_bytes
 from .opening import LazyModel, open_lazily, open_tokenizer
-from .streaming.checkpoint import Span
-from .streaming.eviction import POLICIES
 from .streaming.model import StreamedModel, as_streamed
 from .streaming.plan import (
     FixedCosts,
@@ -36,16 +32,12 @@ from .streaming.plan import (
 from .streaming.reader import READERS
 from .streaming.store import ExpertStore, NativeStore, Store
 from .streaming.switch import StreamedSwitch
-
-Progress = Callable[[int, int], None]
-"""Called with bytes of resident weights loaded so far, and in all."""
+from .weights import Progress, give_slots, read_residents
 
 MIN_PREFILL_TOKENS = 32
 SCRATCH_SHARE = 0.25  # of what experts and scratch have together
 BUFFER_CACHE_BYTES = (32 << 20, 1 << 30)  # from MLX's own default on CPU to enough for a GPU
 BUFFER_CACHE_SHARE = 1 / 64
-PAGE_BYTES = 4096
-HUGE_PAGE_BYTES = 2 << 20
 OVERHEAD_BYTES = 32 << 20  # stacks of reader threads, fragments of the allocator
 
 
@@ -174,8 +166,8 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
         name = "pread" if knobs.reader == "auto" else knobs.reader
         reader = READERS[name](paths, knobs.read_threads)
     try:
-        stores, whole = _give_slots(lazy, decided, knobs, reader, paths, extension, pools)
-        _read_residents(lazy, decided, whole, extension, progress)
+        stores = give_slots(lazy, decided, knobs, reader, paths, extension, pools)
+        read_residents(lazy, decided, knobs, paths, extension, progress)
         _swap(lazy, stores, extension)
     except BaseException:
         reader.close()
@@ -216,46 +208,6 @@ def _pools(lazy: LazyModel, knobs: StreamConfig) -> ModuleType | None:
     return native()
 
 
-def _give_slots(
-    lazy: LazyModel,
-    decided: Plan,
-    knobs: StreamConfig,
-    reader: Any,
-    paths: list[Path],
-    extension: ModuleType | None,
-    pools: ModuleType | None,
-) -> tuple[dict[str, Store], dict[str, NativeStore]]:
-    """Put slots where the experts were of every layer that does not fit whole.
-
-    With the extension also of the others, a slot for each expert: it reads them faster than MLX
-    would, and into larger pages. Those are the second result.
-    """
-    stores: dict[str, Store] = {}
-    whole: dict[str, NativeStore] = {}
-    for path, switch in lazy.switches.items():
-        streams = decided.streams(path)
-        if not streams and extension is None:
-            continue  # it all fits: no lookup
-        spans = _spans(lazy, path, switch)
-        num_slots = decided.slots[path] if streams else lazy.layers[path].count
-        parameters = lazy.architecture.parameters(switch)
-        slots = _shrink(parameters, switch, num_slots, extension, spans)
-        if pools is None:
-            stores[path] = ExpertStore(spans, slots, POLICIES[knobs.policy](), reader)
-            continue
-        numbers = {p: i for i, p in enumerate(paths)}
-        places = {
-            name: [(numbers[s.path], s.offset, s.nbytes) for s in found]
-            for name, found in spans.items()
-        }
-        store = NativeStore(pools.ExpertPool(reader, places, slots, knobs.policy))
-        if streams:
-            stores[path] = store
-        else:
-            whole[path] = store
-    return stores, whole
-
-
 def _swap(lazy: LazyModel, stores: Mapping[str, Store], extension: ModuleType | None) -> None:
     """Replace switch layers by what computes on slots, and what else has a kernel."""
     swapped: list[tuple[str, nn.Module]] = []
@@ -272,103 +224,6 @@ def _swap(lazy: LazyModel, stores: Mapping[str, Store], extension: ModuleType | 
     lazy.model.update_modules(tree_unflatten(swapped))
     if extension is not None:
         lazy.architecture.use_kernels(lazy.model, extension)
-
-
-def _spans(lazy: LazyModel, path: str, switch: nn.Module) -> dict[str, list[Span]]:
-    """Where the experts of one layer lie, each checked against the slot it must fill."""
-    spans = {}
-    for name, array in lazy.architecture.parameters(switch).items():
-        count = array.shape[0]
-        found = lazy.architecture.spans(lazy.checkpoint, f"{path}.{name}", count)
-        if len(found) != count or any(s.nbytes * count != array.nbytes for s in found):
-            raise CheckpointError(
-                f"{path}.{name}: an expert on disk is not {array.nbytes // count} bytes in each "
-                f"of {count}, as {array.dtype} {array.shape} needs. This layout needs a "
-                "conversion with mlx_lm.convert."
-            )
-        spans[name] = found
-    return spans
-
-
-def _shrink(
-    parameters: Mapping[str, mx.array],
-    switch: nn.Module,
-    num_slots: int,
-    extension: ModuleType | None,
-    spans: Mapping[str, Sequence[Span]],
-) -> dict[str, mx.array]:
-    """Replace [experts, ...] weights by [num_slots, ...] of no value yet, in place."""
-    slots = {}
-    for name, w in parameters.items():
-        shape = (num_slots, *w.shape[1:])
-        if extension is None:
-            slots[name] = mx.zeros(shape, w.dtype)
-        else:
-            phase = spans[name][0].offset % PAGE_BYTES
-            slots[name] = extension.empty_slots(shape, w.dtype, PAGE_BYTES, phase)
-    mx.eval(slots)
-    switch.update(tree_unflatten(list(slots.items())))
-    return slots
-
-
-def _read_residents(
-    lazy: LazyModel,
-    decided: Plan,
-    whole: Mapping[str, NativeStore],
-    extension: ModuleType | None,
-    progress: Progress | None,
-) -> None:
-    """Read what stays in RAM, arrays that are no parameters included."""
-    slots = tuple(f"{path}." for path in lazy.switches) if extension is not None else ()
-    modules = [m for name, m in lazy.model.named_modules() if not name.startswith(slots)]
-    sizes = {path: lazy.layers[path].nbytes for path in whole}
-    total = sum(sizes.values()) + sum(a.nbytes for m in modules for a in _own_arrays(m))
-    done = 0
-
-    def advance(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress is not None:
-            progress(done, total)
-
-    for path, store in whole.items():
-        store.fill()
-        advance(sizes[path])
-    for module in modules:
-        for array in _own_arrays(module):
-            try:
-                mx.eval(array)
-            except RuntimeError as error:  # MLX reads these, and names no file
-                raise CheckpointError(
-                    f"{lazy.checkpoint.folder}: the resident weights cannot be read "
-                    f"({brief(error)}). Check the disk, or download the model again."
-                ) from error
-            advance(array.nbytes)
-        if extension is not None:
-            _use_huge_pages(module, extension, decided.ram_bytes)
-
-
-def _use_huge_pages(module: nn.Module, extension: ModuleType, ram_bytes: int) -> None:
-    """Move a module's large arrays to where kernels read them faster, if there is room for both."""
-    for name, value in module.items():
-        if not isinstance(value, mx.array) or value.nbytes < HUGE_PAGE_BYTES:
-            continue
-        if rss_bytes() + value.nbytes + OVERHEAD_BYTES <= ram_bytes:
-            moved: Any = extension.empty_slots(value.shape, value.dtype)
-            np.copyto(_host_bytes(moved), _host_bytes(value))
-            module[name] = moved
-
-
-def _host_bytes(array: Any) -> NDArray[np.uint8]:  # an mx.array is a writable buffer
-    return np.frombuffer(array, np.uint8)
-
-
-def _own_arrays(module: nn.Module) -> Iterator[mx.array]:
-    for value in module.values():
-        if not isinstance(value, nn.Module):
-            for _, leaf in tree_flatten(value, is_leaf=nn.Module.is_module):
-                if isinstance(leaf, mx.array):
-                    yield leaf
 
 
 def _prefill(

@@ -22,6 +22,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_flash import cli
 from mlx_flash.cli import options
+from mlx_flash.kernels import native
 
 FORM = "qwen3_5_moe-4bit"
 STREAMED = ("--slots", 6, "--ram", "4GB")
@@ -251,13 +252,17 @@ def test_json_is_one_object_with_text_and_figures(folder, plain):
     each, rest = divmod(figures["slot_bytes"], layers * slots)
     assert rest == 0
     assert figures["expert_bytes"] == layers * 16 * each
-    misses, rest = divmod(figures["bytes_read"], each)
-    assert rest == 0
-    assert figures["evictions"] == misses - layers * slots
     decoded = figures["bytes_read_per_token"] * 99
     assert 0 < decoded < figures["bytes_read"]
     missed = (1 - figures["expert_hit_rate"]) * 4 * layers * each  # per token, at top_k 4
-    assert figures["bytes_read_per_token"] == pytest.approx(missed, rel=0.02)
+    if native() is None:
+        misses, rest = divmod(figures["bytes_read"], each)
+        assert rest == 0
+        assert figures["evictions"] == misses - layers * slots
+        assert figures["bytes_read_per_token"] == pytest.approx(missed, rel=0.02)
+    else:  # guesses are read too, and not all of them come true
+        assert 0 < figures["evictions"] < figures["bytes_read"] / each
+        assert 0.98 < figures["bytes_read_per_token"] / missed < 1.6
     assert figures["peak_rss_bytes"] <= figures["ram_bytes"] == 4_000_000_000
     assert figures["within_budget"] is True
 

@@ -21,6 +21,7 @@ FORBIDDEN = {
     "machine.py": {"architectures", "streaming", "opening", "loader", "hub", "cli", "demo"},
     "hub.py": {"architectures", "streaming", "opening", "loader", "cli", "demo"},
     "opening.py": {"kernels", "loader", "cli", "demo"},
+    "weights.py": {"loader", "cli", "demo", "hub", "kernels"},
     "loader.py": {"cli", "demo"},
 }
 

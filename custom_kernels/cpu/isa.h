@@ -14,7 +14,7 @@
 namespace flash {
 
 struct Isa {
-  const char* name;  // "avx512", "avx2", "neon", "portable"
+  const char* name;  // "amx", "avx512", "avx2", "neon", "portable"
   bool half_matmul;  // whether matmul has a faster form for bfloat16 activations
 
   // Decode: y = W x, one activation vector, float32 arithmetic throughout. `prepare` lays x out as
@@ -40,6 +40,9 @@ struct Isa {
   uint64_t (*read_all)(const uint8_t* p, int64_t bytes);
 
   Ops ops;
+
+  // Outputs for which matmul reads many activation rows once; 0 where it does so for any number.
+  int64_t matmul_width = 0;
 };
 
 // The best table this processor runs, or the one named. nullptr if it cannot run that one.

@@ -138,7 +138,8 @@ int64_t prefill_grain(const Matrix& w, int64_t rows, int64_t matrices) {
   // Unpacking a weight costs about as much as four rows' use of it.
   int64_t unit_flops = std::max<int64_t>(1, 2 * unit * w.in * (rows + 4));
   int64_t share = round_up(w.out, unit) / unit * matrices / (4 * Pool::shared().threads());
-  return unit * std::clamp<int64_t>(kPieceFlops / unit_flops, 1, std::max<int64_t>(1, share));
+  int64_t units = std::max(kPieceFlops / unit_flops, isa().matmul_width / unit);
+  return unit * std::clamp<int64_t>(units, 1, std::max<int64_t>(1, share));
 }
 
 // Whether a product of so many rows in all is over before another thread would have woken up.

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..loader import Progress as Callback
+from ..weights import Progress as Callback
 
 
 @contextmanager

@@ -82,16 +82,6 @@ class NativeStore:
         slots: mx.array = self.pool.place_in_graph(indices, after)
         return slots
 
-    def fill(self) -> None:
-        """Read every expert into the slot of its number. There is a slot for each.
-
-        Raises:
-            ReadError: If bytes do not arrive.
-        """
-        experts = list(range(self.num_slots))
-        if self.pool.place(experts) != experts:
-            raise AssertionError("a new pool gives its slots in order")
-
     def record(self) -> None:
         self.pool.record()
 
