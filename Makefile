@@ -21,6 +21,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd custom_kernels/cpu && ../../$(BIN)/clang-format --dry-run --Werror *.cpp *.h *.inc tests/*.cpp
 
 $(READY): pyproject.toml hatch_build.py $(wildcard custom_kernels/cpu/*)
 	$(PYTHON) -m venv .venv

@@ -31,8 +31,8 @@ mx::array rope(const mx::array& x, int dims, bool traditional, std::optional<flo
   check(!freqs || freqs->shape() == mx::Shape{dims / 2}, "rope takes freqs [dims / 2].");
   float_type(x.dtype());
   int batch = x.shape(0), tokens = x.shape(-2);
-  Arrays inputs{x, freqs ? mx::reciprocal(mx::astype(*freqs, mx::float32))
-                         : rope_frequencies(*base, dims)};
+  Arrays inputs{
+      x, freqs ? mx::reciprocal(mx::astype(*freqs, mx::float32)) : rope_frequencies(*base, dims)};
   int start = 0;
   if (auto* many = std::get_if<mx::array>(&offset)) {
     check(many->size() == 1 || many->shape() == mx::Shape{batch},
@@ -90,8 +90,7 @@ Cached cached(Scratch& scratch, const mx::array& array, int64_t head, bool copy)
 // q: [B, H, L, D], k: [B, Hk, N, D], v: [B, Hk, N, Dv], sinks: [H] or none -> [B, H, L, Dv],
 // which lies in memory as [B, L, H, Dv]. causal: query l sees the first N - L + l + 1 keys.
 mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, float scale,
-                    const std::optional<std::string>& mask,
-                    const std::optional<mx::array>& sinks) {
+                    const std::optional<std::string>& mask, const std::optional<mx::array>& sinks) {
   check(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4, "attention takes 4 axes.");
   check(!mask || *mask == "causal", "attention takes no mask, or \"causal\".");
   int batch = q.shape(0), heads = q.shape(1), tokens = q.shape(2), dim = q.shape(3);
@@ -138,9 +137,8 @@ mx::array attention(const mx::array& q, const mx::array& k, const mx::array& v, 
         bool copy = !Rows(in[1]).together() || !Rows(in[2]).together();
         Cached keys = cached(scratch, in[1], head, copy);
         Cached values = cached(scratch, in[2], head, copy);
-        ops.attention(qs, dim, count, keys.rows, keys.stride, values.rows, values.stride,
-                      keys.type, first, last, dim, vdim, scale, in.size() > 3 ? sink : nullptr, ys,
-                      vdim);
+        ops.attention(qs, dim, count, keys.rows, keys.stride, values.rows, values.stride, keys.type,
+                      first, last, dim, vdim, scale, in.size() > 3 ? sink : nullptr, ys, vdim);
         for (int64_t r = 0; r < count; r++) {
           auto [h, l] = at(r0 + r);
           y.write((b * tokens + l) * heads + h, ys + r * vdim);

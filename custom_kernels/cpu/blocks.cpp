@@ -100,8 +100,10 @@ void project(Team& team, const Stack& stack, const Prepared& inner, const Hidden
 class Guess {
  public:
   Guess(Scratch& scratch, const NextRouter& next, const Hidden& h)
-      : next_(next), tokens_(h.tokens), router_{&next.router}, x_(scratch, normed(scratch, next, h),
-                                                                  h.tokens, h.width) {
+      : next_(next),
+        tokens_(h.tokens),
+        router_{&next.router},
+        x_(scratch, normed(scratch, next, h), h.tokens, h.width) {
     router_.add_formats(x_);
     logits_ = scratch.take<float>(tokens_ * router_.rows());
   }
@@ -154,8 +156,8 @@ void run(const MoeBlock& block, const mx::array& input, mx::array& output) {
   const Ops& ops = isa().ops;
   Hidden h(scratch, input, block.norm);
   int64_t experts = block.router.out(), k = block.top_k, width = h.width;
-  Stack first = block.shared_gate ? Stack{&block.router, &*block.shared_gate}
-                                  : Stack{&block.router};
+  Stack first =
+      block.shared_gate ? Stack{&block.router, &*block.shared_gate} : Stack{&block.router};
   Prepared x(scratch, h.normed, h.tokens, width);
   first.add_formats(x);
   for (auto* e : {block.experts.get(), block.shared.get()}) {
@@ -262,9 +264,8 @@ void run(const DeltaBlock& block, const Arrays& in, Arrays& outs) {
   };
   Pool::shared().run([&](Team& team) {
     first.multiply(team, x, h.tokens, y);
-    team.each(h.tokens * block.key_heads, 1, [&](int64_t i, int64_t) {
-      head(i / block.key_heads, i % block.key_heads);
-    });
+    team.each(h.tokens * block.key_heads, 1,
+              [&](int64_t i, int64_t) { head(i / block.key_heads, i % block.key_heads); });
     if (team.index() == 0) last.add_formats(gated);
     team.barrier();
     project(team, last, gated, h, result);
@@ -374,62 +375,92 @@ void bind_blocks(nb::module_& m) {
   using namespace nb::literals;
   nb::class_<MoeBlock>(m, "MoeBlock")
       .def(nb::new_([](const mx::array& norm, float eps, Weights router, int top_k,
-              bool renormalize, std::shared_ptr<Experts> experts,
-              std::shared_ptr<Experts> shared,
-              std::optional<Weights> shared_gate) {
+                       bool renormalize, std::shared_ptr<Experts> experts,
+                       std::shared_ptr<Experts> shared, std::optional<Weights> shared_gate) {
              if (top_k < 1 || top_k > router.out()) {
                throw std::invalid_argument("top_k is between 1 and the number of experts.");
              }
-             return std::make_shared<MoeBlock>(
-                 MoeBlock{{}, norm_of(norm, eps), std::move(router), top_k, renormalize,
-                          std::move(experts), std::move(shared), std::move(shared_gate), {}});
+             return std::make_shared<MoeBlock>(MoeBlock{{},
+                                                        norm_of(norm, eps),
+                                                        std::move(router),
+                                                        top_k,
+                                                        renormalize,
+                                                        std::move(experts),
+                                                        std::move(shared),
+                                                        std::move(shared_gate),
+                                                        {}});
            }),
            "norm"_a, "eps"_a, "router"_a, "top_k"_a, "renormalize"_a, "experts"_a,
            "shared"_a.none(), "shared_gate"_a.none())
-      .def("look_ahead",
-           [](MoeBlock& b, const mx::array& norm, float eps, Weights router, int top_k,
-              std::shared_ptr<ExpertPool> pool) {
-             if (top_k < 1 || top_k > router.out() || router.out() != pool->num_experts() ||
-                 router.in() != b.router.in()) {
-               throw std::invalid_argument("That router does not choose among that pool's experts.");
-             }
-             b.next = NextRouter{norm_of(norm, eps), std::move(router), top_k, std::move(pool)};
-           },
-           "norm"_a, "eps"_a, "router"_a, "top_k"_a, "pool"_a)
-      .def("__call__", [](std::shared_ptr<MoeBlock> b, const mx::array& h) { return call(std::move(b), h); });
+      .def(
+          "look_ahead",
+          [](MoeBlock& b, const mx::array& norm, float eps, Weights router, int top_k,
+             std::shared_ptr<ExpertPool> pool) {
+            if (top_k < 1 || top_k > router.out() || router.out() != pool->num_experts() ||
+                router.in() != b.router.in()) {
+              throw std::invalid_argument("That router does not choose among that pool's experts.");
+            }
+            b.next = NextRouter{norm_of(norm, eps), std::move(router), top_k, std::move(pool)};
+          },
+          "norm"_a, "eps"_a, "router"_a, "top_k"_a, "pool"_a)
+      .def("__call__",
+           [](std::shared_ptr<MoeBlock> b, const mx::array& h) { return call(std::move(b), h); });
   nb::class_<DeltaBlock>(m, "DeltaBlock")
       .def(nb::new_([](const mx::array& norm, float eps, Weights qkv, Weights z, Weights b,
-              Weights a, Weights out, const mx::array& conv, const mx::array& a_log,
-              const mx::array& dt_bias, const mx::array& gated_norm, float gated_eps, int key_heads,
-              int value_heads, int key_dim, int value_dim) {
+                       Weights a, Weights out, const mx::array& conv, const mx::array& a_log,
+                       const mx::array& dt_bias, const mx::array& gated_norm, float gated_eps,
+                       int key_heads, int value_heads, int key_dim, int value_dim) {
              int taps = conv.shape(1);
-             return std::make_shared<DeltaBlock>(DeltaBlock{{}, norm_of(norm, eps), std::move(qkv), std::move(z), std::move(b),
-                                   std::move(a), std::move(out), floats(conv), taps, floats(a_log),
-                                   floats(dt_bias), norm_of(gated_norm, gated_eps), key_heads,
-                                   value_heads, key_dim, value_dim});
+             return std::make_shared<DeltaBlock>(DeltaBlock{{},
+                                                            norm_of(norm, eps),
+                                                            std::move(qkv),
+                                                            std::move(z),
+                                                            std::move(b),
+                                                            std::move(a),
+                                                            std::move(out),
+                                                            floats(conv),
+                                                            taps,
+                                                            floats(a_log),
+                                                            floats(dt_bias),
+                                                            norm_of(gated_norm, gated_eps),
+                                                            key_heads,
+                                                            value_heads,
+                                                            key_dim,
+                                                            value_dim});
            }),
            "norm"_a, "eps"_a, "qkv"_a, "z"_a, "b"_a, "a"_a, "out"_a, "conv"_a, "a_log"_a,
-           "dt_bias"_a, "gated_norm"_a, "gated_eps"_a, "key_heads"_a, "value_heads"_a,
-           "key_dim"_a, "value_dim"_a)
+           "dt_bias"_a, "gated_norm"_a, "gated_eps"_a, "key_heads"_a, "value_heads"_a, "key_dim"_a,
+           "value_dim"_a)
       .def("__call__",
            [](std::shared_ptr<DeltaBlock> b, const mx::array& h, const mx::array& conv_state,
               const mx::array& state) { return call(std::move(b), h, conv_state, state); });
   nb::class_<AttentionBlock>(m, "AttentionBlock")
-      .def(nb::new_([](const mx::array& norm, float eps, Weights q, Weights k,
-              Weights v, Weights out, const mx::array& q_norm, const mx::array& k_norm,
-              float qk_eps, int heads, int kv_heads, int head_dim, int rope_dims, float rope_base,
-              float rope_scale, float scale) {
-             return std::make_shared<AttentionBlock>(AttentionBlock{{}, norm_of(norm, eps), std::move(q), std::move(k), std::move(v),
-                                       std::move(out), norm_of(q_norm, qk_eps),
-                                       norm_of(k_norm, qk_eps), heads, kv_heads, head_dim,
-                                       rope_dims, rope_base, rope_scale, scale});
+      .def(nb::new_([](const mx::array& norm, float eps, Weights q, Weights k, Weights v,
+                       Weights out, const mx::array& q_norm, const mx::array& k_norm, float qk_eps,
+                       int heads, int kv_heads, int head_dim, int rope_dims, float rope_base,
+                       float rope_scale, float scale) {
+             return std::make_shared<AttentionBlock>(AttentionBlock{{},
+                                                                    norm_of(norm, eps),
+                                                                    std::move(q),
+                                                                    std::move(k),
+                                                                    std::move(v),
+                                                                    std::move(out),
+                                                                    norm_of(q_norm, qk_eps),
+                                                                    norm_of(k_norm, qk_eps),
+                                                                    heads,
+                                                                    kv_heads,
+                                                                    head_dim,
+                                                                    rope_dims,
+                                                                    rope_base,
+                                                                    rope_scale,
+                                                                    scale});
            }),
            "norm"_a, "eps"_a, "q"_a, "k"_a, "v"_a, "out"_a, "q_norm"_a, "k_norm"_a, "qk_eps"_a,
            "heads"_a, "kv_heads"_a, "head_dim"_a, "rope_dims"_a, "rope_base"_a, "rope_scale"_a,
            "scale"_a)
-      .def("__call__",
-           [](std::shared_ptr<AttentionBlock> b, const mx::array& h, const mx::array& keys,
-              const mx::array& values, int offset) { return call(std::move(b), h, keys, values, offset); });
+      .def("__call__", [](std::shared_ptr<AttentionBlock> b, const mx::array& h,
+                          const mx::array& keys, const mx::array& values,
+                          int offset) { return call(std::move(b), h, keys, values, offset); });
 }
 
 }  // namespace flash

@@ -33,7 +33,7 @@ struct MoeBlock : Shared<MoeBlock> {
   int top_k;
   bool renormalize;
   std::shared_ptr<Experts> experts;
-  std::shared_ptr<Experts> shared;    // a stack of one, or none
+  std::shared_ptr<Experts> shared;     // a stack of one, or none
   std::optional<Weights> shared_gate;  // [1, in]
   std::optional<NextRouter> next;
 };

@@ -10,9 +10,7 @@ namespace {
 // Expert ids, oldest first; each at most once. Everything in constant time.
 class Queue {
  public:
-  explicit Queue(int experts) : links_(experts + 1), end_(experts) {
-    links_[end_] = {end_, end_};
-  }
+  explicit Queue(int experts) : links_(experts + 1), end_(experts) { links_[end_] = {end_, end_}; }
   int size() const { return size_; }
   bool contains(int expert) const { return links_[expert].next >= 0; }
   int front() const { return links_[end_].next; }
@@ -99,8 +97,7 @@ class LFU : public EvictionPolicy {
 // token used since go round again.
 class S3FIFO : public EvictionPolicy {
  public:
-  explicit S3FIFO(int experts)
-      : small_(experts), main_(experts), ghost_(experts), uses_(experts) {}
+  explicit S3FIFO(int experts) : small_(experts), main_(experts), ghost_(experts), uses_(experts) {}
   void touch(int expert) override { uses_[expert] = std::min(uses_[expert] + 1, 3); }
   void insert(int expert) override {
     bool back = ghost_.contains(expert);
@@ -115,9 +112,7 @@ class S3FIFO : public EvictionPolicy {
     if (victim < 0) victim = small_first ? from_main(stays) : from_small(stays);
     return victim;
   }
-  void remove(int expert) override {
-    (small_.contains(expert) ? small_ : main_).remove(expert);
-  }
+  void remove(int expert) override { (small_.contains(expert) ? small_ : main_).remove(expert); }
 
  private:
   int from_small(const std::vector<uint8_t>& stays) {

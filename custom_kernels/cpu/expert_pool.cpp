@@ -139,10 +139,10 @@ std::vector<std::vector<int32_t>> ExpertPool::trace() const {
 std::vector<int> ExpertPool::place(const std::vector<int32_t>& experts) {
   size_t distinct = std::set(experts.begin(), experts.end()).size();
   if (distinct < experts.size() || static_cast<int>(distinct) > num_slots()) {
-    throw std::invalid_argument(
-        std::to_string(experts.size()) + " experts in one call, " + std::to_string(distinct) +
-        " distinct, for " + std::to_string(num_slots()) +
-        " slots: name each once, and no more than there are slots");
+    throw std::invalid_argument(std::to_string(experts.size()) + " experts in one call, " +
+                                std::to_string(distinct) + " distinct, for " +
+                                std::to_string(num_slots()) +
+                                " slots: name each once, and no more than there are slots");
   }
   std::vector<int> slots(experts.size());
   Fetch fetch(*this, experts.data(), static_cast<int>(experts.size()));

@@ -43,9 +43,8 @@ std::shared_ptr<Files> open_files(const nb::iterable& paths, int threads, bool d
 }
 
 // The pool keeps its slots' memory alive, whoever keeps the pool.
-std::shared_ptr<ExpertPool> make_pool(std::shared_ptr<Files> files, const Spans& spans,
-                                      Slots slots, const std::string& policy,
-                                      const std::vector<int>& pinned) {
+std::shared_ptr<ExpertPool> make_pool(std::shared_ptr<Files> files, const Spans& spans, Slots slots,
+                                      const std::string& policy, const std::vector<int>& pinned) {
   std::vector<Parameter> parameters;
   int num_slots = 0;
   for (auto& [name, array] : slots) {
@@ -62,7 +61,8 @@ std::shared_ptr<ExpertPool> make_pool(std::shared_ptr<Files> files, const Spans&
                                   "others have " + std::to_string(num_slots) + ".");
     }
     num_slots = array.shape(0);
-    Parameter parameter{{}, array.data<uint8_t>(), static_cast<int64_t>(array.nbytes()) / num_slots};
+    Parameter parameter{
+        {}, array.data<uint8_t>(), static_cast<int64_t>(array.nbytes()) / num_slots};
     for (auto [file, offset, bytes] : found->second) {
       parameter.experts.push_back({file, offset, bytes});
     }
@@ -169,8 +169,8 @@ void translate(const std::exception_ptr& thrown, void*) {
     auto error = ReadError::find(caught.what());
     if (!error) throw;
     try {
-      auto path = nb::steal(PyUnicode_DecodeFSDefaultAndSize(error->path.data(),
-                                                             error->path.size()));
+      auto path =
+          nb::steal(PyUnicode_DecodeFSDefaultAndSize(error->path.data(), error->path.size()));
       auto text = nb::steal(PyUnicode_DecodeLocale(error->text.c_str(), "surrogateescape"));
       nb::object type = nb::module_::import_("mlx_flash.errors").attr("ReadError");
       nb::object named = nb::module_::import_("pathlib").attr("Path")(path);
@@ -219,8 +219,7 @@ void bind_expert_pool(nb::module_& m) {
       .def("place", &ExpertPool::place, "experts"_a, NoGil())
       .def("place_in_graph", &place_in_graph, "indices"_a, "after"_a = nb::none());
 
-  m.def("empty_slots", &empty_slots, "shape"_a, "dtype"_a, "alignment"_a = 4096,
-        "phase"_a = 0);
+  m.def("empty_slots", &empty_slots, "shape"_a, "dtype"_a, "alignment"_a = 4096, "phase"_a = 0);
 }
 
 }  // namespace flash

@@ -18,7 +18,7 @@ namespace flash {
 namespace {
 
 constexpr int64_t kPieceBytes = 128 << 10;  // of weights that a thread claims at a time, in decode
-constexpr int64_t kPieceOutputs = 64;      // columns that a thread claims at a time, in prefill
+constexpr int64_t kPieceOutputs = 64;       // columns that a thread claims at a time, in prefill
 
 int64_t piece_rows(const Matrix& w) {
   return std::max<int64_t>(8, kPieceBytes / std::max<int64_t>(1, w.row_bytes()) / 8 * 8);
@@ -118,8 +118,7 @@ Routing route(const uint32_t* indices, int64_t tokens, int64_t top_k) {
     found.back().second.push_back(pair);
     found.back().first = pair / static_cast<int32_t>(top_k);
   }
-  std::stable_sort(found.begin(), found.end(),
-                   [](auto& a, auto& b) { return a.first < b.first; });
+  std::stable_sort(found.begin(), found.end(), [](auto& a, auto& b) { return a.first < b.first; });
   Routing routing;
   for (auto& [last, pairs] : found) {
     routing.experts.push_back(static_cast<int32_t>(indices[pairs[0]]));
@@ -225,9 +224,9 @@ void prefill(const Experts& experts, const float* x, const uint32_t* indices, in
       }
     });
   });
-  int64_t matmul_scratch = std::max({k.matmul_scratch_bytes(up, in, half),
-                                     k.matmul_scratch_bytes(gate, in, half),
-                                     k.matmul_scratch_bytes(down, middle, half)});
+  int64_t matmul_scratch =
+      std::max({k.matmul_scratch_bytes(up, in, half), k.matmul_scratch_bytes(gate, in, half),
+                k.matmul_scratch_bytes(down, middle, half)});
   int threads = Pool::shared().threads();
   int64_t most = 0;
   Routing routing = route(indices, tokens, top_k);
@@ -270,8 +269,8 @@ void prefill(const Experts& experts, const float* x, const uint32_t* indices, in
         k.matmul(experts.up.matrix().at(slot), half, ups + first[g], n, begin, end, u, piece,
                  space);
         if (experts.gate) {
-          k.matmul(experts.gate->matrix().at(slot), half, gates + first[g], n, begin, end, v,
-                   piece, space);
+          k.matmul(experts.gate->matrix().at(slot), half, gates + first[g], n, begin, end, v, piece,
+                   space);
         }
         for (int64_t m = 0; m < n; m++) {
           experts.up.add_bias(slot, begin, end, u + m * piece);
@@ -333,8 +332,7 @@ mx::array call(std::shared_ptr<Experts> experts, const mx::array& x, const mx::a
     if (one_each) {
       decode(*experts, x, indices, tokens, top_k, parts);
     } else {
-      prefill(*experts, x, indices, tokens, top_k, type == Float::bf16 && isa().half_matmul,
-              parts);
+      prefill(*experts, x, indices, tokens, top_k, type == Float::bf16 && isa().half_matmul, parts);
     }
     char* result = outs[0].data<char>();
     if (in.size() == 2) {
@@ -387,8 +385,13 @@ void bind_experts(nb::module_& m) {
              if (gated != gate.has_value()) {
                throw std::invalid_argument("A gated activation needs a gate, others have none.");
              }
-             return std::make_shared<Experts>(Experts{{}, std::move(gate), std::move(up),
-                                                      std::move(down), kind, limit, alpha,
+             return std::make_shared<Experts>(Experts{{},
+                                                      std::move(gate),
+                                                      std::move(up),
+                                                      std::move(down),
+                                                      kind,
+                                                      limit,
+                                                      alpha,
                                                       std::move(pool)});
            }),
            "gate"_a.none(), "up"_a, "down"_a, "activation"_a, "limit"_a = 0.0f, "alpha"_a = 0.0f,

@@ -217,7 +217,8 @@ class Pages {
     }
     int64_t begin = std::max(page, start), stop = std::min(page + kPage, end);
     const uint8_t* from = bounce_ + used_ - kPage;
-    parts_.push_back({from + (begin - page), to + (begin - start), static_cast<size_t>(stop - begin)});
+    parts_.push_back(
+        {from + (begin - page), to + (begin - start), static_cast<size_t>(stop - begin)});
   }
 
   int64_t first_;
@@ -291,10 +292,9 @@ std::vector<Run> merge(Files::Batch* batch, const std::vector<Read>& reads) {
   });
   std::vector<Run> runs;
   for (auto& [from, to, tag] : sorted) {
-    bool adjacent = !runs.empty() && runs.back().file == from.file &&
-                    runs.back().end() == from.offset &&
-                    runs.back().bytes + from.bytes <= kRunBytes &&
-                    runs.back().pieces.size() < kRunPieces;
+    bool adjacent =
+        !runs.empty() && runs.back().file == from.file && runs.back().end() == from.offset &&
+        runs.back().bytes + from.bytes <= kRunBytes && runs.back().pieces.size() < kRunPieces;
     if (!adjacent) runs.push_back({batch, from.file, from.offset, 0, {}, true});
     runs.back().pieces.push_back({to, from.bytes, tag});
     runs.back().bytes += from.bytes;
@@ -590,9 +590,8 @@ void Files::Batch::submit(const std::vector<Read>& reads, bool urgent) {
 
 void Files::Batch::wait() {
   std::unique_lock lock(impl_->files.mutex);
-  impl_->changed.wait(lock, [this] {
-    return impl_->idle() || (!impl_->error && !impl_->arrived.empty());
-  });
+  impl_->changed.wait(
+      lock, [this] { return impl_->idle() || (!impl_->error && !impl_->arrived.empty()); });
 }
 
 std::vector<int> Files::Batch::arrived(bool wait) {

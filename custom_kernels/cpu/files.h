@@ -40,10 +40,10 @@ struct Read {
 // The files of a checkpoint, opened once, and the threads that read from them. Files stay open:
 // deleting one does no harm, and one that changed since is noticed after every read and refused.
 //
-// With `direct`, reads bypass the page cache (O_DIRECT, F_NOCACHE): straight into place, but for the
-// pages at the ends, where address and file offset lie equally in their pages; elsewhere through an
-// aligned buffer of the thread's.
-// Where the file system refuses that, reads go through the page cache after all.
+// With `direct`, reads bypass the page cache (O_DIRECT, F_NOCACHE): straight into place, but for
+// the pages at the ends, where address and file offset lie equally in their pages; elsewhere
+// through an aligned buffer of the thread's. Where the file system refuses that, reads go through
+// the page cache after all.
 class Files : public Shared<Files> {
  public:
   class Batch;

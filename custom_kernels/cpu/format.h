@@ -20,9 +20,9 @@ enum class Mode : uint8_t { dense, affine, mxfp4, mxfp8, nvfp4 };
 
 struct Format {
   Mode mode = Mode::dense;
-  int bits = 32;               // of one weight
-  int group = 0;               // weights that share a scale; 0 where dense
-  Float scale = Float::f32;    // of affine scales and biases, or of dense weights
+  int bits = 32;             // of one weight
+  int group = 0;             // weights that share a scale; 0 where dense
+  Float scale = Float::f32;  // of affine scales and biases, or of dense weights
 
   bool operator==(const Format&) const = default;
   bool has_bias() const { return mode == Mode::affine; }

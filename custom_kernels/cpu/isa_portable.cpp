@@ -1,14 +1,14 @@
-#include "isa.h"
-
 #include "bandwidth.inc"
-#include "matvec_generic.inc"
+#include "isa.h"
 #include "matmul_generic.inc"
+#include "matvec_generic.inc"
 #include "ops.inc"
 
 namespace flash {
 
 extern const Isa kPortable;
-const Isa kPortable = {"portable",      false,      prepared_floats, prepare, matvec, packed_row_bytes,
-                   pack_row, matmul_scratch_bytes, kMatmulGrain,    matmul,  read_all, kOps};
+const Isa kPortable = {"portable",       false,    prepared_floats,      prepare,      matvec,
+                       packed_row_bytes, pack_row, matmul_scratch_bytes, kMatmulGrain, matmul,
+                       read_all,         kOps};
 
 }  // namespace flash

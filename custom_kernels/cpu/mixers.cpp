@@ -70,10 +70,9 @@ mx::array rms_norm(const mx::array& x, const Optional& weight, float eps) {
     inputs.push_back(*weight);
     dtype = mx::promote_types(dtype, weight->dtype());
   }
-  return by_rows("RmsNorm", std::move(inputs), 1, dtype,
-                 [eps](float* a, float*, const float* w, int64_t n) {
-                   isa().ops.rms_norm(a, w, eps, n, a);
-                 });
+  return by_rows(
+      "RmsNorm", std::move(inputs), 1, dtype,
+      [eps](float* a, float*, const float* w, int64_t n) { isa().ops.rms_norm(a, w, eps, n, a); });
 }
 
 // rms_norm(x) * silu(gate)

@@ -56,8 +56,8 @@ class Kernel : public mx::Primitive {
         encoder.add_temporary(std::move(whole));
       }
     }
-    // Every output has a list of the inputs. Those of the others, which nobody reads any more, would
-    // keep an input from being donated.
+    // Every output has a list of the inputs. Those of the others, which nobody reads any more,
+    // would keep an input from being donated.
     for (auto& output : outputs) {
       if (&output.inputs() != &inputs && !output.is_tracer()) output.inputs().clear();
     }

@@ -75,8 +75,13 @@ struct Case {
   Fenced weight, scales, biases;
 
   Case(const Format& f, int64_t out, int64_t in)
-      : format(f), out(out), in(in), w(shape(f, out, in)), weight(out * w.row_bytes()),
-        scales(out * w.group_row_bytes()), biases(out * w.group_row_bytes()) {
+      : format(f),
+        out(out),
+        in(in),
+        w(shape(f, out, in)),
+        weight(out * w.row_bytes()),
+        scales(out * w.group_row_bytes()),
+        biases(out * w.group_row_bytes()) {
     w.weight = weight.data;
     w.scales = scales.data;
     w.biases = f.has_bias() ? biases.data : nullptr;
