@@ -38,6 +38,7 @@ FORMATS = (
 )
 BEYOND_CACHES = 192_000_000  # bytes of weights that a decode turn goes through
 MLX_BYTES = 5_000_000  # that MLX's own kernel, so much slower, goes through
+MOST_ROWS = 8192  # that are random
 TURN_S = 0.1
 PREFILL_FLOPS = 4_000_000_000  # of a prefill turn, at least
 
@@ -56,7 +57,12 @@ class Stack:
         if form == "dense":
             return cls(mx.random.normal((count, out, width)).astype(dtype), None, None, (0, 0, ""))
         mode, bits, group = form.split("-")[0], *map(int, form.split("-")[1:])
-        one, *rest = mx.quantize(mx.random.normal((out, width)).astype(dtype), group, bits, mode)
+        # Rows repeat: MLX needs 32 GB to quantize an lm_head to mxfp4, and crashes without them.
+        some = mx.random.normal((min(out, MOST_ROWS), width)).astype(dtype)
+        one, *rest = (
+            mx.tile(part, (-(-out // len(some)), 1))[:out]
+            for part in mx.quantize(some, group, bits, mode)
+        )
         arrays = [mx.contiguous(mx.broadcast_to(a, (count, *a.shape))) for a in (one, *rest)]
         return cls(arrays[0], arrays[1], (arrays[2:] or [None])[0], (group, bits, mode))
 
