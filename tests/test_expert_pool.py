@@ -408,6 +408,14 @@ def test_a_call_that_needs_all_slots_gets_those_of_a_guess(layer: Layer) -> None
         assert pool.resident() == wanted
 
 
+@pytest.mark.parametrize("guess", [[EXPERTS], [-1], [3, 3]])
+def test_a_guess_of_what_cannot_be(layer: Layer, guess: list[int]) -> None:
+    pool = layer.pool(layer.files(), layer.slots())
+    with pytest.raises((IndexError, ValueError), match=r"no expert|twice"):
+        pool.look_ahead(guess)
+    assert pool.read_ahead == 0
+
+
 def test_a_guess_that_cannot_be_read_fails_only_who_needs_it(cut: Layer) -> None:
     slots = cut.slots()
     pool = cut.pool(cut.files(), slots)

@@ -40,11 +40,28 @@ struct Ahead {
   std::vector<int> slots;  // -1 once bound
 };
 
+// Throws unless these are experts of a layer of `most`, each named once.
+void check_distinct(const int32_t* experts, int count, int most) {
+  std::vector<uint8_t> seen(most);
+  for (int i = 0; i < count; i++) {
+    if (experts[i] < 0 || experts[i] >= most) {
+      throw std::out_of_range("There is no expert " + std::to_string(experts[i]) + " among " +
+                              std::to_string(most) + ".");
+    }
+    if (std::exchange(seen[experts[i]], 1)) {
+      throw std::invalid_argument("Expert " + std::to_string(experts[i]) +
+                                  " occurs twice in one call.");
+    }
+  }
+}
+
 }  // namespace
 
 struct ExpertPool::Impl {
+  void add_reads(int expert, int slot, int tag, std::vector<Read>& reads) const;
   int free_slot();
   void bind_ahead();
+  void drop_ahead();
   void stop_ahead();
   bool is_ahead(int expert) const;
 
@@ -154,6 +171,13 @@ std::vector<int> ExpertPool::place(const std::vector<int32_t>& experts) {
   return slots;
 }
 
+void ExpertPool::Impl::add_reads(int expert, int slot, int tag, std::vector<Read>& reads) const {
+  for (auto& parameter : parameters) {
+    reads.push_back(
+        {parameter.experts[expert], parameter.slots + slot * parameter.slot_bytes, tag});
+  }
+}
+
 // An empty slot, or that of the expert that is worth least; -1 if all stay.
 int ExpertPool::Impl::free_slot() {
   if (!free.empty()) {
@@ -179,26 +203,25 @@ void ExpertPool::Impl::bind_ahead() {
       fresh[expert] = 1;
     }
   } catch (const ReadError&) {  // whoever needs those bytes will ask for them, and be told
-    for (int slot : ahead->slots) {
-      if (slot >= 0) free.push_back(slot);
-    }
-    ahead = nullptr;
-    return;
+    return drop_ahead();
   }
   if (std::all_of(ahead->slots.begin(), ahead->slots.end(), [](int slot) { return slot < 0; })) {
     ahead = nullptr;
   }
 }
 
-// Gives back the slots of what has not arrived.
-void ExpertPool::Impl::stop_ahead() {
-  ahead->batch.stop();
-  bind_ahead();
-  if (!ahead) return;
+// Gives back the slots of what is not bound. None of it may be on its way.
+void ExpertPool::Impl::drop_ahead() {
   for (int slot : ahead->slots) {
     if (slot >= 0) free.push_back(slot);
   }
   ahead = nullptr;
+}
+
+void ExpertPool::Impl::stop_ahead() {
+  ahead->batch.stop();
+  bind_ahead();
+  if (ahead) drop_ahead();
 }
 
 bool ExpertPool::Impl::is_ahead(int expert) const {
@@ -209,6 +232,7 @@ bool ExpertPool::Impl::is_ahead(int expert) const {
 
 void ExpertPool::look_ahead(const std::vector<int32_t>& guess) {
   Impl& pool = *impl_;
+  check_distinct(guess.data(), static_cast<int>(guess.size()), num_experts());
   std::lock_guard lock(pool.mutex);
   if (pool.held) return;
   pool.bind_ahead();
@@ -226,10 +250,7 @@ void ExpertPool::look_ahead(const std::vector<int32_t>& guess) {
     int tag = static_cast<int>(ahead->experts.size());
     ahead->experts.push_back(expert);
     ahead->slots.push_back(slot);
-    for (auto& parameter : pool.parameters) {
-      reads.push_back(
-          {parameter.experts[expert], parameter.slots + slot * parameter.slot_bytes, tag});
-    }
+    pool.add_reads(expert, slot, tag, reads);
   }
   for (int expert : guess) pool.stays[expert] = pool.pinned[expert];
   if (reads.empty()) return;
@@ -334,10 +355,7 @@ void ExpertPool::Fetch::Impl::read_missing() {
       Member& member = members[which];
       member.slot = slot;
       member.state = State::reading;
-      for (auto& parameter : pool.parameters) {
-        reads.push_back({parameter.experts[member.expert],
-                         parameter.slots + slot * parameter.slot_bytes, which});
-      }
+      pool.add_reads(member.expert, slot, which, reads);
     }
   }
   batch.submit(reads);
@@ -428,17 +446,7 @@ void ExpertPool::Fetch::Impl::settle(bool keep) {
 }
 
 ExpertPool::Fetch::Fetch(ExpertPool& pool, const int32_t* experts, int count) {
-  std::vector<uint8_t> seen(pool.num_experts());
-  for (int i = 0; i < count; i++) {
-    if (experts[i] < 0 || experts[i] >= pool.num_experts()) {
-      throw std::out_of_range("There is no expert " + std::to_string(experts[i]) + " among " +
-                              std::to_string(pool.num_experts()) + ".");
-    }
-    if (std::exchange(seen[experts[i]], 1)) {
-      throw std::invalid_argument("Expert " + std::to_string(experts[i]) +
-                                  " occurs twice in one call.");
-    }
-  }
+  check_distinct(experts, count, pool.num_experts());
   impl_ = std::make_unique<Impl>(*pool.impl_);
   impl_->begin(experts, count);
   impl_->read_missing();

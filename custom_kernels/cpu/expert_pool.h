@@ -49,7 +49,7 @@ class ExpertPool : public Shared<ExpertPool> {
   // A guess at the experts of the next call, the likeliest first: reads of missing ones may begin.
   // Each rank of a guess is held to what came true of it before: a rank that is wrong too often is
   // not read. Never waits, reads nothing while a call holds the layer, and what cannot be read is
-  // the next call's to find out.
+  // the next call's to find out. Throws if an expert does not exist or is named twice.
   void look_ahead(const std::vector<int32_t>& guess);
 
   // The experts of one call, distinct, in the order of their worth: the last is the one to keep.

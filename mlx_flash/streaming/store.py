@@ -66,8 +66,10 @@ class NativeStore:
         found: Trace = self.pool.trace()
         return found
 
-    def __contains__(self, expert: int) -> bool:
-        return expert in self.pool.resident()
+    def resident(self) -> list[int]:
+        """The experts that are in slots."""
+        experts: list[int] = self.pool.resident()
+        return experts
 
     def place(self, experts: Sequence[int]) -> list[int]:
         """As ``ExpertStore.place``."""
@@ -120,6 +122,10 @@ class ExpertStore:
 
     def __contains__(self, expert: int) -> bool:
         return expert in self._slot_of
+
+    def resident(self) -> list[int]:
+        """The experts that are in slots."""
+        return list(self._slot_of)
 
     def record(self) -> None:
         self._records = True

@@ -71,7 +71,7 @@ class StreamedSwitch(nn.Module):
         top_k = routed.shape[-1]
         rows = x.reshape(-1, 1, x.shape[-1])  # [tokens, 1, D]
         pairs = routed.reshape(-1)
-        resident = np.array([e in self._store for e in experts.tolist()])
+        resident = np.isin(experts, self._store.resident())
         queue = np.concatenate([experts[resident], experts[~resident]])
         outputs, order = [], []
         for i in range(0, len(queue), self._store.num_slots):
