@@ -33,6 +33,10 @@ class UsageError(FlashError, ValueError):
     """Options that contradict each other, the model, or a file they name."""
 
 
+class PluginError(FlashError, ImportError):
+    """What another installed package brings does not load, or is not what it says."""
+
+
 def brief(error: BaseException, most_lines: int = 2) -> str:
     """The beginning of what a library says, in one line, to quote in what we say."""
     if isinstance(error, KeyError):

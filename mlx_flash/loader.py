@@ -136,7 +136,7 @@ def make_plan(lazy: LazyModel, knobs: StreamConfig) -> Plan:
     bare = FixedCosts(
         process_bytes=rss_bytes(),
         resident_bytes=resident,
-        state_bytes=lazy.architecture.state_bytes(lazy.model, knobs.context),
+        state_bytes=lazy.step.state_bytes(knobs.context),
         scratch_bytes=_buffer_cache_bytes(ram_bytes) + OVERHEAD_BYTES,
     )
     tokens, fixed = _prefill(lazy, knobs, bare, ram_bytes - bare.nbytes - need)
@@ -234,7 +234,7 @@ def _prefill(
     fused = _extension(lazy, knobs) is not None
     while True:
         scratch = lazy.architecture.scratch_bytes(
-            lazy.model, lazy.config, tokens, knobs.context, fused
+            lazy.model, lazy.config, lazy.step, tokens, knobs.context, fused
         )
         if tokens <= MIN_PREFILL_TOKENS or scratch <= left * SCRATCH_SHARE:
             return tokens, replace(bare, scratch_bytes=bare.scratch_bytes + scratch)

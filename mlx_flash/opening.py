@@ -1,6 +1,7 @@
 """A model folder, checked and built without reading a weight."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from .errors import (
     UsageError,
     brief,
 )
+from .layout import Layout
+from .step import Step, one_token
 from .streaming.checkpoint import Checkpoint, read_json
 from .streaming.plan import LayerExperts
 
@@ -37,6 +40,8 @@ class LazyModel:
     config: dict[str, Any]
     architecture: Architecture
     model: nn.Module
+    layout: Layout
+    step: Step
     switches: dict[str, nn.Module]
     layers: dict[str, LayerExperts]
 
@@ -71,17 +76,21 @@ def open_lazily(
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder}: no such model folder. Check the path.")
     config = _model_config(folder)
-    architecture = architectures.lookup(config.get("model_type"))
+    architecture = architectures.lookup(config["model_type"])
     checkpoint = Checkpoint(folder)
     try:
         _check_activations(config, model_config)
-        model, config = load_model(
-            folder, lazy=True, model_config=model_config, trust_remote_code=trust_remote_code
-        )
+        classes = _Traced(checkpoint, architecture)
+        model, config = load_model(folder, True, True, model_config, classes, trust_remote_code)
+        layout = classes.layout_of(model)
         _check_dtypes(folder, model)
         switches = dict(architecture.switches(model))
-        layers = {path: architecture.experts(config, s) for path, s in switches.items()}
-        architecture.scratch_bytes(model, config, tokens=1, context=1)  # builds a graph
+        step = one_token(model, switches)
+        switches = {path: switches[path] for path in step.calls}
+        layers = {
+            path: architecture.experts(switch, step.calls[path].experts)
+            for path, switch in switches.items()
+        }
     except FlashError:
         raise
     except MISFITS as error:
@@ -95,7 +104,36 @@ def open_lazily(
         )
     if adapter_path is not None:
         _adapt(model, switches, adapter_path)
-    return LazyModel(checkpoint, config, architecture, model, switches, layers)
+    return LazyModel(checkpoint, config, architecture, model, layout, step, switches, layers)
+
+
+class _Traced:
+    """The model's classes for ``load_model``, with an eye on how ``sanitize`` lays it out."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture):
+        self._checkpoint = checkpoint
+        self._architecture = architecture
+        self._layout: Layout | None = None
+        self._class: type[nn.Module] | None = None
+
+    def __call__(self, config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+        self._class, arguments = self._architecture.classes(config)
+        if not hasattr(self._class, "sanitize"):
+            return self._class, arguments
+        own = self._class.sanitize
+
+        def sanitize(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+            self._layout = Layout(self._checkpoint, model, partial(own, model))
+            sanitized: dict[str, mx.array] = own(model, weights)
+            return sanitized
+
+        return type(self._class.__name__, (self._class,), {"sanitize": sanitize}), arguments
+
+    def layout_of(self, model: nn.Module) -> Layout:
+        """How the loaded model lies on disk. Gives the model its own class back."""
+        if self._class is not None:
+            model.__class__ = self._class
+        return self._layout or Layout(self._checkpoint, model)
 
 
 def _adapt(model: nn.Module, switches: dict[str, nn.Module], adapter_path: str) -> None:

@@ -69,14 +69,7 @@ def _spans(lazy: LazyModel, path: str, switch: nn.Module) -> dict[str, list[Span
     spans = {}
     for name, array in lazy.architecture.parameters(switch).items():
         count = array.shape[0]
-        found = lazy.architecture.spans(lazy.checkpoint, f"{path}.{name}", count)
-        if len(found) != count or any(s.nbytes * count != array.nbytes for s in found):
-            raise CheckpointError(
-                f"{path}.{name}: an expert on disk is not {array.nbytes // count} bytes in each "
-                f"of {count}, as {array.dtype} {array.shape} needs. This layout needs a "
-                "conversion with mlx_lm.convert."
-            )
-        spans[name] = found
+        spans[name] = lazy.layout.rows(f"{path}.{name}", count, array.nbytes // count)
     return spans
 
 

@@ -172,7 +172,7 @@ DAMAGES = {
     "config.json has no model_type": (text("config.json", "{}"), CHECKPOINT, ["model_type"]),
     "model_type is a number": (config(model_type=7), CHECKPOINT, ["model_type"]),
     "model_type is not known": (
-        config(model_type="llama"), MODEL, ["'llama'", "nemotron_h", "qwen3_5_moe", "mlx_lm"],
+        config(model_type="lamma"), MODEL, ["'lamma'", "mlx-lm", "mlx_flash.architectures"],
     ),
     "no routed experts": (
         both(gone(INDEX), lambda folder: tiny.write(folder, config=NOT_MOE)),
@@ -185,7 +185,6 @@ DAMAGES = {
             {"hidden_size": 10**12},
             {"num_experts": None},
             {"num_experts": "16"},
-            {"num_experts_per_tok": None},
             {"num_experts_per_tok": 64},
             {"num_attention_heads": 0},
             {"full_attention_interval": 0},

@@ -1,36 +1,51 @@
 """What streaming must know about a model family. One file per ``model_type``.
 
-Has never heard of slots, policies or readers.
+Has never heard of slots, policies or readers. How a checkpoint's tensors become a model's weights
+is read off mlx-lm (``layout.py``), and what a token asks of a model off its graph (``step.py``):
+what is left for a family is which of its modules hold routed experts, and its fused kernels.
 """
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
-from mlx_lm.models import cache as kv
+from mlx_lm.models.mla import MultiLinear, QuantizedMultiLinear
 from mlx_lm.models.switch_layers import (
     QuantizedSwitchLinear,
     SwitchGLU,
     SwitchLinear,
     SwitchMLP,
 )
+from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 
-from ..errors import UnsupportedModelError
+from .. import plugins
+from ..errors import PluginError, UnsupportedModelError
 from ..kernels import attention, gated_delta, linear, mlp, norm, ssm
-from ..streaming.checkpoint import Checkpoint, Span
+from ..step import Step
 from ..streaming.plan import LayerExperts
 
 FLOAT_BYTES = 4  # temporaries may be float32 whatever the weights are
 GRAPH_BYTES = 16 << 10  # nodes of the lazy graph, per token of a recurrent layer's loop
+HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 
 
 class Architecture:
-    """Defaults that hold for every mlx-lm MoE model in MLX layout."""
+    """Defaults that hold for every mlx-lm MoE model."""
+
+    tested = True
+    """Whether a parity test holds it to an oracle. False: it runs, and says so."""
+
+    def classes(self, config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+        """The model's class and that of its arguments. Overridden by who brings a model."""
+        found: tuple[type[nn.Module], type] = _get_classes(config)
+        return found
 
     def switches(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The routed-expert layers and their paths in the model."""
@@ -47,31 +62,17 @@ class Architecture:
             for name, array in tree_flatten(module.parameters())
         }
 
-    def experts(self, config: Mapping[str, Any], switch: nn.Module) -> LayerExperts:
+    def experts(self, switch: nn.Module, top_k: int) -> LayerExperts:
         """How many experts a layer has, how many a token takes, and the bytes of one."""
         arrays = list(self.parameters(switch).values())
         count = arrays[0].shape[0]
-        return LayerExperts(count, self.top_k(config), sum(a.nbytes for a in arrays) // count)
-
-    def top_k(self, config: Mapping[str, Any]) -> int:
-        """Experts that one token is routed to."""
-        return int(text_config(config)["num_experts_per_tok"])
-
-    def spans(self, checkpoint: Checkpoint, name: str, experts: int) -> list[Span]:
-        """The bytes of one switch parameter on disk, expert by expert."""
-        return checkpoint[name].rows()
-
-    def state_bytes(self, model: nn.Module, context: int) -> int:
-        """KV cache and recurrent state of one sequence of ``context`` tokens.
-
-        Read off the caches of a one-token graph that is built and never evaluated.
-        """
-        return sum(_cache_bytes(c, context) for c in _one_token_caches(model))
+        return LayerExperts(count, top_k, sum(a.nbytes for a in arrays) // count)
 
     def scratch_bytes(
         self,
         model: nn.Module,
         config: Mapping[str, Any],
+        step: Step,
         tokens: int,
         context: int,
         fused: bool = False,
@@ -80,21 +81,24 @@ class Architecture:
 
         An upper estimate of one layer, since each streamed layer is a barrier: the widest
         projections and their copies, the routed rows of a MoE layer, one cache growing by
-        a copy, and without ``fused`` kernels (Metal's or our own) attention scores, and a
-        recurrent state for every token, which the op-by-op fallback keeps all at once.
+        a copy, keys and values that latent attention expands for a prompt, and without
+        ``fused`` kernels (Metal's or our own) attention scores, and a recurrent state for
+        every token, which the op-by-op fallback keeps all at once.
         """
-        dims = text_config(config)
-        hidden, vocab = dims["hidden_size"], dims["vocab_size"]
-        middle = dims.get("moe_intermediate_size") or dims.get("intermediate_size", hidden)
-        floats = self.top_k(config) * (5 * hidden + 3 * middle) + 8 * _widest_linear(model, vocab)
-        caches = _one_token_caches(model)
+        modules = dict(model.named_modules())
+        routed = [
+            call.experts * (5 * call.width + 3 * _middle(modules[path]))
+            for path, call in step.calls.items()
+        ]
+        floats = max(routed, default=0) + 8 * _widest_linear(model, step.vocab)
         state = 0
         if not (fused or mx.metal.is_available()):
-            floats += 3 * dims["num_attention_heads"] * context
-            state = max(_recurrent_bytes(c) for c in caches)
+            floats += 3 * _heads(config) * context
+            state = max((c.fixed_bytes for c in step.caches), default=0)
         per_token = FLOAT_BYTES * floats + state + GRAPH_BYTES
-        growth = 2 * max(_cache_bytes(c, context) for c in caches)
-        return int(tokens * per_token + FLOAT_BYTES * 4 * vocab + growth)
+        growth = 2 * max((c.nbytes(context) for c in step.caches), default=0)
+        expanded = FLOAT_BYTES * context * max(map(_expanded, modules.values()))
+        return int(tokens * per_token + FLOAT_BYTES * 4 * step.vocab + growth + expanded)
 
     def use_kernels(self, model: nn.Module, native: ModuleType) -> None:
         """Swap what the extension computes faster than MLX's CPU backend, in place.
@@ -105,9 +109,15 @@ class Architecture:
             door.use_native(model)
 
 
+class Untested(Architecture):
+    """A family that mlx-lm has and no test of ours does."""
+
+    tested = False
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's part of a config: multimodal ones nest it."""
-    nested: Mapping[str, Any] = config.get("text_config", config)
+    nested: Mapping[str, Any] = config.get("text_config") or config
     return nested
 
 
@@ -116,45 +126,65 @@ def known() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def lookup(model_type: object) -> Architecture:
+def lookup(model_type: str) -> Architecture:
     """The architecture for a config's ``model_type``.
 
+    First what is installed under the entry point group ``mlx_flash.architectures``, then the
+    files of this package, then the defaults for whatever mlx-lm has a model for.
+
     Raises:
-        UnsupportedModelError: If the registry has none.
+        UnsupportedModelError: If nobody has a model of that type.
+        PluginError: If an installed package offers it and does not load.
     """
-    if model_type not in known():
+    outside = plugins.load(plugins.ARCHITECTURES, model_type)
+    if outside is not None:
+        return _checked(model_type, outside)
+    name = MODEL_REMAPPING.get(model_type, model_type)
+    for candidate in (model_type, name):
+        if candidate in known():
+            module = importlib.import_module(f"{__name__}.{candidate}")
+            architecture: Architecture = module.architecture
+            return architecture
+    if not name.isidentifier() or importlib.util.find_spec(f"mlx_lm.models.{name}") is None:
         raise UnsupportedModelError(
-            f"model type {model_type!r} is not one that mlx-flash streams: "
-            f"{', '.join(known())}. Use mlx_lm for it, if it fits in RAM."
+            f"model type {model_type!r}: mlx-lm {version('mlx-lm')} has no model of it, and no "
+            f"installed package offers one as {plugins.ARCHITECTURES}. Update mlx-lm, or check "
+            "the config.json."
         )
-    module = importlib.import_module(f"{__name__}.{model_type}")
-    architecture: Architecture = module.architecture
-    return architecture
+    return Untested()
 
 
-def _one_token_caches(model: nn.Module) -> list[Any]:
-    caches: list[Any] = kv.make_prompt_cache(model)
-    model(mx.zeros((1, 1), mx.int32), cache=caches)
-    return caches
+def _checked(model_type: str, outside: Any) -> Architecture:
+    if not isinstance(outside, Architecture):
+        raise PluginError(
+            f"{plugins.ARCHITECTURES}: {model_type!r} is a {type(outside).__name__}, and not an "
+            "instance of mlx_flash.architectures.Architecture. Mend the package that offers it."
+        )
+    return outside
 
 
-def _cache_bytes(cache: Any, context: int) -> int:
-    if isinstance(cache, kv.CacheList):
-        return sum(_cache_bytes(c, context) for c in cache.caches)
-    if isinstance(cache, (kv.KVCache, kv.RotatingKVCache, kv.ChunkedKVCache)):
-        if cache.keys is None:
-            return 0
-        most = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None) or context
-        steps = -(-min(most, context) // cache.step)
-        per_position = (cache.keys.nbytes + cache.values.nbytes) // cache.keys.shape[2]
-        return int(steps * cache.step * per_position)
-    return int(cache.nbytes)
+def _middle(switch: nn.Module) -> int:
+    widths = [
+        module.weight.shape[1]
+        for _, module in switch.named_modules()
+        if isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
+    ]
+    return max(widths, default=0)
 
 
-def _recurrent_bytes(cache: Any) -> int:
-    if isinstance(cache, kv.CacheList):
-        return max(_recurrent_bytes(c) for c in cache.caches)
-    return int(cache.nbytes) if isinstance(cache, kv.ArraysCache) else 0
+def _heads(config: Mapping[str, Any]) -> int:
+    dims = text_config(config)
+    return next((int(dims[name]) for name in HEADS if isinstance(dims.get(name), int)), 0)
+
+
+def _expanded(module: nn.Module) -> int:
+    """Elements that one position of a latent cache grows to in a prompt's attention."""
+    heads = [getattr(module, name, None) for name in ("embed_q", "unembed_out")]
+    return sum(
+        h.weight.shape[0] * max(h.weight.shape[1], h.weight.shape[2])
+        for h in heads
+        if isinstance(h, (MultiLinear, QuantizedMultiLinear))
+    )
 
 
 def _widest_linear(model: nn.Module, vocab: int) -> int:

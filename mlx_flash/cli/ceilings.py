@@ -149,7 +149,7 @@ def _layer_spans(lazy: LazyModel, path: str) -> list[list[Span]]:
     """Per parameter of a layer, where each expert's bytes lie."""
     parameters = lazy.architecture.parameters(lazy.switches[path])
     return [
-        lazy.architecture.spans(lazy.checkpoint, f"{path}.{name}", array.shape[0])
+        lazy.layout.rows(f"{path}.{name}", array.shape[0], array.nbytes // array.shape[0])
         for name, array in parameters.items()
     ]
 

@@ -29,11 +29,21 @@ DTYPE_BITS = {
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A contiguous range of bytes in one file."""
+    """Bytes of one file: a range, or equal pieces at equal distances.
+
+    Args:
+        path: The file.
+        offset: Where the first byte lies.
+        nbytes: How many there are, gaps not counted.
+        piece: Bytes that lie together. 0: all of them.
+        stride: From the start of one piece to the start of the next.
+    """
 
     path: Path
     offset: int
     nbytes: int
+    piece: int = 0
+    stride: int = 0
 
     def split(self, parts: int) -> list["Span"]:
         """Cut into ``parts`` equal spans, in order."""
