@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -75,16 +77,18 @@ class Layout:
     Args:
         checkpoint (Checkpoint): The tensors on disk.
         model (nn.Module): An mlx-lm model. What tracing changes in it is put back.
-        sanitize: Instead of the model's own.
+        own: The ``sanitize`` of the model's class, where the model has another by now.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: nn.Module, sanitize: Sanitize | None = None):
+    def __init__(
+        self, checkpoint: Checkpoint, model: nn.Module, own: Callable[..., Any] | None = None
+    ):
         self._folder = checkpoint.folder
         self._why_not = ""
         self._sources: dict[str, Source | None]
         try:
-            with _unchanged(model):
-                self._sources = _trace(checkpoint, sanitize or _own_sanitize(model))
+            with _followable(model, own) as sanitize:
+                self._sources = _trace(checkpoint, sanitize)
         except UNTRACEABLE as error:
             # What mlx-lm saved has the model's names, and its sanitize changes none of it.
             self._sources = {name: (_whole(info),) for name, info in checkpoint.items()}
@@ -122,23 +126,48 @@ class Layout:
         )
 
 
-def _own_sanitize(model: nn.Module) -> Sanitize:
-    own: Sanitize = getattr(model, "sanitize", dict)
-    return own
-
-
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Put back what ``sanitize`` takes out: an output layer that turns out to be tied."""
-    before = [(module, dict(module), dict(module.__dict__)) for module in model.modules()]
+def _followable(model: nn.Module, own: Sanitize | None) -> Iterator[Sanitize]:
+    """The model's ``sanitize`` and those it calls, without what a trace cannot hold.
+
+    MLX exports no copy into contiguous memory, which moves no element: to these functions
+    alone, ``mx.contiguous`` gives back what it is given. Afterwards the model is as before:
+    a ``sanitize`` may take out of it an output layer that turns out to be tied.
+    """
+    modules: list[nn.Module] = model.modules()
+    before = [(module, dict(module), dict(module.__dict__)) for module in modules]
+    copies = {id(m): _with_plain_mx(getattr(type(m), "sanitize", None)) for m in modules}
     try:
-        yield
+        for module in modules:
+            if copy := copies[id(module)]:
+                object.__setattr__(module, "sanitize", partial(copy, module))
+        if own is not None:
+            yield partial(_with_plain_mx(own) or own, model)
+        else:
+            yield getattr(model, "sanitize", dict)
     finally:
         for module, items, attributes in before:
             dict.clear(module)
             dict.update(module, items)
             module.__dict__.clear()
             module.__dict__.update(attributes)
+
+
+def _with_plain_mx(function: Any) -> Callable[..., Any] | None:
+    """A copy of a function of mlx-lm to which ``mx`` is another name space."""
+    if not isinstance(function, FunctionType) or function.__globals__.get("mx") is not mx:
+        return None
+    plain = SimpleNamespace(**{**vars(mx), "contiguous": _identity, "eval": _identity})
+    names = {**function.__globals__, "mx": plain}
+    copy = FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _identity(first: Any = None, *_: Any, **__: Any) -> Any:
+    return first
 
 
 def _trace(checkpoint: Checkpoint, sanitize: Sanitize) -> dict[str, Source | None]:

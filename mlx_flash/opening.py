@@ -1,7 +1,6 @@
 """A model folder, checked and built without reading a weight."""
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +122,7 @@ class _Traced:
         own = self._class.sanitize
 
         def sanitize(model: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            self._layout = Layout(self._checkpoint, model, partial(own, model))
+            self._layout = Layout(self._checkpoint, model, own)
             sanitized: dict[str, mx.array] = own(model, weights)
             return sanitized
 
