@@ -1,6 +1,7 @@
 """The contract of every reader: buffers are full, or an error says what was wrong."""
 
 import errno
+import gc
 import os
 import random
 import signal
@@ -262,6 +263,27 @@ def test_close_gives_back_files_and_threads(open_reader: Open, files: list[Path]
     reader.close()
     assert psutil.Process().num_fds() == fds
     assert threading.active_count() == threads
+
+
+def test_a_reader_that_is_dropped_waits_for_no_thread(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The collector may run anywhere, also where threading holds the lock that a join wants.
+    fds, threads = psutil.Process().num_fds(), threading.active_count()
+    readers = [READERS[name](files, 4) for name in READERS]
+    for reader in readers:
+        reader.read_into(scattered(files[0], LARGE))
+    del reader
+    joined: list[threading.Thread] = []
+    monkeypatch.setattr(threading.Thread, "join", lambda thread, *_: joined.append(thread))
+    readers.clear()
+    gc.collect()
+    assert not joined
+    assert psutil.Process().num_fds() == fds
+    deadline = time.monotonic() + 10
+    while threading.active_count() > threads:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_shared_by_threads(open_reader: Open, files: list[Path]) -> None:

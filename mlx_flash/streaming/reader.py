@@ -124,7 +124,9 @@ class PreadReader:
         self._files: dict[Path, int] = {}
         self._stamps: dict[Path, tuple[int, int]] = {}
         self._lock = threading.Lock()
-        self._give_back = weakref.finalize(self, _give_back, self._pool, self._files)
+        # Not the pool: a collector that runs within threading's own locks would wait for its
+        # threads for ever. Those of a pool that is dropped end by themselves.
+        self._close_files = weakref.finalize(self, _close, self._files)
         try:
             for path in paths:
                 self._files[path] = fd = _open(path)
@@ -206,11 +208,11 @@ class PreadReader:
             buffers = _after(buffers, n)
 
     def close(self) -> None:
-        self._give_back()
+        self._pool.shutdown()
+        self._close_files()
 
 
-def _give_back(pool: ThreadPoolExecutor, files: dict[Path, int]) -> None:
-    pool.shutdown()
+def _close(files: dict[Path, int]) -> None:
     for fd in files.values():
         os.close(fd)
     files.clear()
