@@ -377,4 +377,5 @@ def test_strided_spans() -> None:
     for together in (Span(path, 10, 12), Span(path, 10, 12, 12, 99), Span(path, 10, 12, 3, 3)):
         assert [*together.pieces()] == [Span(path, 10, 12)]
         assert together.extent == 12 and not together.is_strided
+        assert together.split(2) == [Span(path, 10, 6), Span(path, 16, 6)]
     assert Span(path, 10, 0, 3, 8).extent == 0 and not [*Span(path, 10, 0, 3, 8).pieces()]

@@ -66,18 +66,15 @@ class Span:
 
     def split(self, parts: int) -> list["Span"]:
         """Cut into ``parts`` equal spans of whole pieces, in order."""
-        unit = self.piece if self.is_strided else 1
-        if parts < 1 or self.nbytes % (parts * unit):
+        piece, stride = (self.piece, self.stride) if self.is_strided else (0, 0)
+        if parts < 1 or self.nbytes % (parts * (piece or 1)):
             raise CheckpointError(
                 f"{self.path}: {self.nbytes} bytes at {self.offset} do not divide into "
                 f"{parts} experts. Download this file again."
             )
         n = self.nbytes // parts
-        step = n // self.piece * self.stride if self.is_strided else n
-        return [
-            Span(self.path, self.offset + i * step, n, self.piece, self.stride)
-            for i in range(parts)
-        ]
+        step = n // piece * stride if piece else n
+        return [Span(self.path, self.offset + i * step, n, piece, stride) for i in range(parts)]
 
 
 @dataclass(frozen=True, slots=True)
