@@ -20,6 +20,7 @@ from .errors import (
     UsageError,
     brief,
 )
+from .fingerprint import Fingerprint
 from .streaming.checkpoint import Checkpoint, read_json
 from .streaming.plan import LayerExperts
 
@@ -39,6 +40,7 @@ class LazyModel:
     model: nn.Module
     switches: dict[str, nn.Module]
     layers: dict[str, LayerExperts]
+    fingerprint: Fingerprint
 
 
 def open_tokenizer(
@@ -95,7 +97,8 @@ def open_lazily(
         )
     if adapter_path is not None:
         _adapt(model, switches, adapter_path)
-    return LazyModel(checkpoint, config, architecture, model, switches, layers)
+    fingerprint = Fingerprint.of(checkpoint, config, adapter_path)
+    return LazyModel(checkpoint, config, architecture, model, switches, layers, fingerprint)
 
 
 def _adapt(model: nn.Module, switches: dict[str, nn.Module], adapter_path: str) -> None:

@@ -66,7 +66,7 @@ class Architecture:
 
         Read off the caches of a one-token graph that is built and never evaluated.
         """
-        return sum(_cache_bytes(c, context) for c in _one_token_caches(model))
+        return sum(_cache_bytes(c, context) for c in one_token_caches(model))
 
     def scratch_bytes(
         self,
@@ -87,7 +87,7 @@ class Architecture:
         hidden, vocab = dims["hidden_size"], dims["vocab_size"]
         middle = dims.get("moe_intermediate_size") or dims.get("intermediate_size", hidden)
         floats = self.top_k(config) * (5 * hidden + 3 * middle) + 8 * _widest_linear(model, vocab)
-        caches = _one_token_caches(model)
+        caches = one_token_caches(model)
         state = 0
         if not (fused or mx.metal.is_available()):
             floats += 3 * dims["num_attention_heads"] * context
@@ -132,7 +132,8 @@ def lookup(model_type: object) -> Architecture:
     return architecture
 
 
-def _one_token_caches(model: nn.Module) -> list[Any]:
+def one_token_caches(model: nn.Module) -> list[Any]:
+    """The caches of a one-token graph that is built and never evaluated: kinds and shapes."""
     caches: list[Any] = kv.make_prompt_cache(model)
     model(mx.zeros((1, 1), mx.int32), cache=caches)
     return caches
