@@ -74,7 +74,8 @@ def _run(given: SimpleNamespace) -> None:
     with Interrupt(stop), bars:
         text = prompts.read(None, given.prompt)
         folder = inputs.model_folder(given, None)
-        lazy = open_lazily(folder, None, given.adapter_path, given.trust_remote_code)
+        as_generate = {"quantize_activations": False}  # unasked: the same fingerprint
+        lazy = open_lazily(folder, as_generate, given.adapter_path, given.trust_remote_code)
         config = {"trust_remote_code": given.trust_remote_code}
         if given.eos_token is not None:
             config["eos_token"] = given.eos_token
