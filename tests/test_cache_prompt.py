@@ -209,10 +209,12 @@ def test_other_settings_of_keys_and_values_are_refused(folder, file, made, asked
 
 
 def rewrite(file, change_arrays=None, **metadata):
+    """Write it again, with other arrays or metadata. None: without."""
     held, kept = mx.load(str(file), return_metadata=True)
     mx.eval(held)
     file.unlink()
-    mx.save_safetensors(str(file), (change_arrays or dict)(held), kept | metadata)
+    kept = {name: value for name, value in (kept | metadata).items() if value is not None}
+    mx.save_safetensors(str(file), (change_arrays or dict)(held), kept)
 
 
 def lying(name, value):
@@ -238,6 +240,14 @@ LIES = {
 def test_a_state_of_other_shapes_is_refused(sound, lie):
     rewrite(sound)
     assert generate("--prompt-cache-file", sound).code == 0, "rewriting alone does no harm"
+    rewrite(sound, LIES[lie])
+    check_refusal(generate("--prompt-cache-file", sound), sound, "does not fit the model")
+
+
+@pytest.mark.parametrize("lie", ["far offset", "negative offset"])
+def test_a_file_of_mlx_lms_that_has_not_so_many_tokens_is_refused(sound, lie):
+    rewrite(sound, **{"0.mlx_flash": None})
+    assert generate("--prompt-cache-file", sound).code == 0, "a file without our part is one"
     rewrite(sound, LIES[lie])
     check_refusal(generate("--prompt-cache-file", sound), sound, "does not fit the model")
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
-from mlx_lm.generate import generate_step
+from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import ArraysCache, KVCache, LRUPromptCache, make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from patience import PATIENT
@@ -18,6 +18,7 @@ from mlx_flash import KVSettings, PrefixCache
 from mlx_flash.errors import UsageError
 from mlx_flash.kernels import native
 from mlx_flash.states import arrays, copied, prefill
+from mlx_flash.streaming.store import NativeStore
 
 ROOMY = 1 << 30
 COMMON = list(range(40, 64))
@@ -418,3 +419,37 @@ def test_mlx_lms_server_cache_never_trims_a_recurrent_state(model):
         run(model, ONE, 16, cache=cache)
         assert same(said, run(model, more, 16, cache=cache))
         assert said[0] == run(model, ONE + first[0] + more, 16)[0], "and the tokens of a fresh run"
+
+
+def test_mlx_lms_batched_server_goes_on_from_a_shared_prefix(model):
+    # Segments and caches as mlx_lm.server hands them to its batch generator.
+    server, generator = LRUPromptCache(), BatchGenerator(model)
+
+    def answer(prompt, tokens=12):
+        cache, rest = server.fetch_nearest_cache("model", prompt)
+        reused = len(prompt) - len(rest)
+        segments = [rest] if reused else [COMMON, rest[len(COMMON) :]]
+        generator.insert_segments(
+            [segments], [tokens], caches=[cache], all_tokens=[prompt[:reused]]
+        )
+        said, logprobs = [], []
+        while len(said) < tokens:
+            begun, responses = generator.next()
+            ended = [r.uid for r in begun if r.end_of_segment and not r.end_of_prompt]
+            for state, seen in generator.extract_cache(ended).values():
+                server.insert_cache("model", seen[:], state, cache_type="system")
+            said += [r.token for r in responses]
+            logprobs += [r.logprobs for r in responses]
+        return said, mx.stack(logprobs), reused
+
+    alone = answer(OTHER)
+    server = LRUPromptCache()
+    first, second = answer(ONE), answer(OTHER)
+    generator.close()
+    assert [alone[2], first[2], second[2]] == [0, 0, len(COMMON)]
+    assert second[0] == alone[0] == run(model, OTHER, 12)[0]
+    assert first[0] == run(model, ONE, 12)[0]
+    if not isinstance(
+        model.stores[0], NativeStore
+    ):  # a new batch has a mask, which the kernels leave to MLX
+        assert mx.array_equal(second[1], alone[1])
