@@ -136,7 +136,7 @@ def _load(given: SimpleNamespace, bars: ExitStack) -> _Loaded:
     folder = inputs.model_folder(given, cache)
     config = {"quantize_activations": given.quantize_activations}
     lazy = open_lazily(folder, config, given.adapter_path, given.trust_remote_code)
-    inputs.check_fit(given, cache, lazy.model)
+    inputs.check_fit(given, cache, lazy)
     tokenizer = inputs.tokenizer(given, folder, cache)
     tokens = prompts.encode(tokenizer, given, text, suffix=cache is not None)
     prompt_tokens = len(tokens) + (cache.tokens if cache else 0)
