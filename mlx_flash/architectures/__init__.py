@@ -6,6 +6,7 @@ Has never heard of slots, policies or readers.
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlx_lm.models.switch_layers import (
     SwitchLinear,
     SwitchMLP,
 )
+from mlx_lm.utils import MODEL_REMAPPING
 
 from ..errors import UnsupportedModelError
 from ..kernels import attention, gated_delta, linear, mlp, norm, ssm
@@ -84,13 +86,14 @@ class Architecture:
         recurrent state for every token, which the op-by-op fallback keeps all at once.
         """
         dims = text_config(config)
-        hidden, vocab = dims["hidden_size"], dims["vocab_size"]
+        hidden, vocab = dims.get("hidden_size", 0), dims["vocab_size"]
         middle = dims.get("moe_intermediate_size") or dims.get("intermediate_size", hidden)
-        floats = self.top_k(config) * (5 * hidden + 3 * middle) + 8 * _widest_linear(model, vocab)
+        routed = self.top_k(config) if any(True for _ in self.switches(model)) else 0
+        floats = routed * (5 * hidden + 3 * middle) + 8 * _widest_linear(model, vocab)
         caches = _one_token_caches(model)
         state = 0
         if not (fused or mx.metal.is_available()):
-            floats += 3 * dims["num_attention_heads"] * context
+            floats += 3 * dims.get("num_attention_heads", 0) * context
             state = max(_recurrent_bytes(c) for c in caches)
         per_token = FLOAT_BYTES * floats + state + GRAPH_BYTES
         growth = 2 * max(_cache_bytes(c, context) for c in caches)
@@ -123,13 +126,31 @@ def lookup(model_type: object) -> Architecture:
         UnsupportedModelError: If the registry has none.
     """
     if model_type not in known():
-        raise UnsupportedModelError(
-            f"model type {model_type!r} is not one that mlx-flash streams: "
-            f"{', '.join(known())}. Use mlx_lm for it, if it fits in RAM."
-        )
+        name = MODEL_REMAPPING.get(model_type, model_type)
+        if not isinstance(name, str) or find_spec(f"mlx_lm.models.{name}") is None:
+            raise _unsupported(model_type)
+        return Architecture()
     module = importlib.import_module(f"{__name__}.{model_type}")
     architecture: Architecture = module.architecture
     return architecture
+
+
+def check_tested(model_type: str) -> None:
+    """Refuse the experts of a family that has no file here.
+
+    Raises:
+        UnsupportedModelError: If it has none.
+    """
+    if model_type not in known():
+        raise _unsupported(model_type)
+
+
+def _unsupported(model_type: object) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"model type {model_type!r} is not one that mlx-flash streams: "
+        f"{', '.join(known())}, and what mlx-lm has without experts. Use mlx_lm for it, if it "
+        "fits in RAM."
+    )
 
 
 def _one_token_caches(model: nn.Module) -> list[Any]:
