@@ -157,6 +157,7 @@ def _prepare(given: SimpleNamespace, caches: tuple[str, ...]) -> _Prepared:
     lazy = open_lazily(folder)
     facts = {
         "model": given.model or "demo",
+        "streams": "experts" if lazy.switches else "layers",
         "prompt_tokens": given.prompt_tokens,
         "tokens": given.tokens,
         "active_bytes": ceilings.active_bytes(lazy),
