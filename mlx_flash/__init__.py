@@ -7,11 +7,12 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from .config import StreamConfig
+from .errors import UntestedModelWarning
 
 if TYPE_CHECKING:
     from .loader import load, plan
 
-__all__ = ["StreamConfig", "__version__", "load", "plan"]
+__all__ = ["StreamConfig", "UntestedModelWarning", "__version__", "load", "plan"]
 
 __version__ = version("mlx-flash")
 
