@@ -6,7 +6,7 @@ So no family needs a table of names here, and what mlx-lm learns to load, stream
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -86,12 +86,15 @@ class Layout:
         self._folder = checkpoint.folder
         self._why_not = ""
         self._sources: dict[str, Source | None]
+        self._origins: dict[str, frozenset[str]]
+        self.conversion = f"mlx_lm.convert --hf-path {checkpoint.folder} --mlx-path CONVERTED"
         try:
             with _followable(model, own) as sanitize:
-                self._sources = _trace(checkpoint, sanitize)
+                self._sources, self._origins = _trace(checkpoint, sanitize)
         except UNTRACEABLE as error:
             # What mlx-lm saved has the model's names, and its sanitize changes none of it.
             self._sources = {name: (_whole(info),) for name, info in checkpoint.items()}
+            self._origins = {name: frozenset([name]) for name in checkpoint}
             self._why_not = f" (its sanitize cannot be followed: {brief(error)})"
 
     def rows(self, name: str, count: int, row_bytes: int) -> list[Span]:
@@ -112,6 +115,10 @@ class Layout:
         span = source[0].span() if len(source) == 1 else None
         return span if span is not None and span.nbytes == nbytes else None
 
+    def origins(self, name: str) -> frozenset[str]:
+        """The tensors on disk that a weight is made of, moved or computed."""
+        return self._origins.get(name, frozenset())
+
     def _source(self, name: str) -> Source:
         source = self._sources.get(name)
         if not source or not all(view.shape for view in source):
@@ -121,8 +128,7 @@ class Layout:
     def _needs_conversion(self, name: str) -> CheckpointError:
         return CheckpointError(
             f"{self._folder}: {name} is not stored expert by expert as the model computes with "
-            f"it{self._why_not}. Convert the checkpoint: `mlx_lm.convert --hf-path "
-            f"{self._folder} --mlx-path CONVERTED`"
+            f"it{self._why_not}. Convert the checkpoint: `{self.conversion}`"
         )
 
 
@@ -170,8 +176,14 @@ def _identity(first: Any = None, *_: Any, **__: Any) -> Any:
     return first
 
 
-def _trace(checkpoint: Checkpoint, sanitize: Sanitize) -> dict[str, Source | None]:
-    """Run ``sanitize`` on arrays without values, and follow what it does to them."""
+def _trace(
+    checkpoint: Checkpoint, sanitize: Sanitize
+) -> tuple[dict[str, Source | None], dict[str, frozenset[str]]]:
+    """Run ``sanitize`` on arrays without values, and follow what it does to them.
+
+    Returns:
+        By name of a weight: the bytes that it is, and the names of all tensors it is made of.
+    """
     names, weights = list(checkpoint), list[str]()
     empty = [mx.zeros(checkpoint[n].shape, DTYPES[checkpoint[n].dtype]) for n in names]
 
@@ -181,6 +193,7 @@ def _trace(checkpoint: Checkpoint, sanitize: Sanitize) -> dict[str, Source | Non
         return list(sanitized.values())
 
     sources: dict[str, Source | None] = {}
+    origins: dict[str, frozenset[str]] = {}
     outputs: list[str] = []
 
     def follow(event: dict[str, Any]) -> None:
@@ -189,18 +202,29 @@ def _trace(checkpoint: Checkpoint, sanitize: Sanitize) -> dict[str, Source | Non
                 ids = [name for name, *_ in event["inputs"]]
                 found = [(_whole(checkpoint[n]),) for n in names]
                 sources.update(zip(ids, found, strict=True))
+                origins.update(zip(ids, (frozenset([n]) for n in names), strict=True))
             case "outputs":
                 outputs.extend(name for name, *_ in event["outputs"])
             case "constants":
                 constants.update(event["constants"])
             case "primitive":
                 results = _apply(event, sources, constants)
+                made_of = _union(origins.get(name) for name, *_ in event["inputs"])
                 for (name, *_), source in zip(event["outputs"], results, strict=True):
-                    sources[name] = source
+                    sources[name], origins[name] = source, made_of
 
     constants: dict[str, mx.array] = {}
     mx.export_function(follow, run, *empty)
-    return {name: sources.get(id_) for name, id_ in zip(weights, outputs, strict=True)}
+    ids = dict(zip(weights, outputs, strict=True))
+    return (
+        {name: sources.get(id_) for name, id_ in ids.items()},
+        {name: origins.get(id_, frozenset()) for name, id_ in ids.items()},
+    )
+
+
+def _union(sets: Iterable[frozenset[str] | None]) -> frozenset[str]:
+    found = [s for s in sets if s]
+    return found[0] if len(found) == 1 else frozenset().union(*found)
 
 
 def _whole(info: TensorInfo) -> View:

@@ -9,6 +9,7 @@ import typer
 
 from .bench import bench
 from .generate import generate, say_error
+from .inspect import inspect
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command("generate")(generate)
 app.command("bench")(bench)
+app.command("inspect")(inspect)
 
 
 def _say_version(wanted: bool) -> None:
