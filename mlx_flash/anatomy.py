@@ -18,7 +18,7 @@ from .errors import CheckpointError
 from .opening import LazyModel
 
 MIXERS = (
-    ("GatedDelta|DeltaNet|DeltaAttention", "gated delta"),
+    ("GatedDelta|DeltaNet|DeltaAttention|KDA", "gated delta"),
     ("Mamba2", "mamba2"),
     ("Mamba|SSM", "mamba"),
     ("RWKV|TimeMix", "rwkv"),
@@ -142,6 +142,8 @@ class _Places:
         steps = path[len(layer) + 1 :].split(".")
         classes = [type(self._modules.get(a)).__name__ for a in inside]
         if {"gate", "router"} & set(steps) or any(map(ROUTERS.search, classes)):
+            return "routers"
+        if self._routes(path):  # a bias that a MoE block adds to its router's scores
             return "routers"
         if "norm" in type(module).__name__.lower():
             return "norms"

@@ -158,10 +158,10 @@ def floor(lazy: LazyModel, knobs: StreamConfig) -> int:
     Raises:
         BudgetError: If it cannot be known: other knobs mean nothing for this model.
     """
-    ram_bytes = 0
-    while True:
+    step, ram_bytes = min(knobs.prefill_step_size, MIN_PREFILL_TOKENS), 0
+    while True:  # a larger budget has a larger buffer cache, which is part of the floor
         try:
-            make_plan(lazy, replace(knobs, ram=ram_bytes + 1))
+            make_plan(lazy, replace(knobs, ram=ram_bytes + 1, prefill_step_size=step))
         except BudgetError as error:
             if error.floor_bytes is not None:
                 ram_bytes = max(error.floor_bytes, ram_bytes + 1)

@@ -8,9 +8,11 @@ import door
 import mlx.core as mx
 import pytest
 import tiny
+from families import FAMILIES
 from mlx.utils import tree_flatten
 
 import mlx_flash
+from mlx_flash.anatomy import anatomy
 from mlx_flash.kernels import native
 from mlx_flash.opening import open_lazily
 from mlx_flash.streaming.checkpoint import Checkpoint
@@ -77,6 +79,30 @@ def test_mamba_and_layers_of_experts_alone(checkpoints):
     assert said["layers"] == {"mamba2": 2, "experts alone": 3, "attention": 1}
     assert said["experts"]["formats"][0]["mode"] == "mxfp4"
     assert {"mamba2", "attention", "routers", "shared experts"} <= said["resident"].keys()
+
+
+KINDS = {
+    "gpt_oss": {"sliding attention": 2, "attention": 2},
+    "llama4": {"chunked attention": 3, "attention": 1},
+    "deepseek_v3": {"latent attention": 4},
+    "kimi_linear": {"gated delta": 3, "latent attention": 1},
+    "lfm2_moe": {"short convolution": 3, "attention": 1},
+    "jamba": {"mamba": 4, "attention": 2},
+}
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_kinds_and_purposes_are_read_off_any_family(tmp_path, family):
+    lazy = open_lazily(tiny.write(tmp_path / family, config=FAMILIES[family].config))
+    found = anatomy(lazy)
+    assert found.layers == KINDS[family]
+    assert {*KINDS[family]} <= {
+        f"{k}{p}" for k in ("", "sliding ", "chunked ") for p in found.parts
+    }
+    assert {"routers", "embeddings", "norms"} <= found.parts.keys()
+    assert "other" not in found.parts
+    shared = found.parts["shared experts"].nbytes if "shared experts" in found.parts else 0
+    assert shared == 0 or shared > 10_000, "a bias of the router's scores is the router's"
 
 
 def test_mixed_quantization_is_listed(checkpoints):
