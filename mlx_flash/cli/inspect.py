@@ -28,8 +28,12 @@ OTHERS = 4  # names of tensors that nothing uses: so many are said
 
 def inspect(
     model: Model = None,
-    revision: opt.Revision = None,
-    trust_remote_code: opt.TrustRemoteCode = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python that the checkpoint brings.")
+    ] = False,
     ram: opt.Ram = str(StreamConfig.ram),
     slots: opt.Slots = None,
     context: Annotated[
@@ -40,18 +44,15 @@ def inspect(
     ] = StreamConfig.context,
     kernels: opt.Kernels = StreamConfig.kernels,
     as_json: Annotated[
-        bool,
-        typer.Option("--json", help="One JSON object, sizes in bytes.", rich_help_panel=opt.OUTPUT),
+        bool, typer.Option("--json", help="One JSON object, sizes in bytes.")
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("-v", "--debug", help="Show tracebacks.", rich_help_panel=opt.OUTPUT)
-    ] = False,
+    debug: Annotated[bool, typer.Option("-v", "--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Say what a model is made of, and what would stream within --ram.
 
-    Reads config.json and the headers of the weights: it takes a second or
-    two, whatever the model's size. A Hub repository is downloaded first, as
-    for generate.
+    Reads config.json and the headers of the weights: it takes seconds,
+    whatever the model's size. A Hub repository is downloaded first, as for
+    generate.
 
     mlx-flash inspect ./my-model --ram 8GB
 
