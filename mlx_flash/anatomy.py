@@ -219,7 +219,7 @@ def _reads(lazy: LazyModel) -> tuple[str, str]:
                 spans = lazy.layout.rows(f"{path}.{name}", count, array.nbytes // count)
             except CheckpointError:
                 return "", lazy.layout.conversion
-            if any(span.piece not in (0, span.nbytes) for span in spans):
+            if any(span.is_strided for span in spans):
                 found = "strided"
     return found, ""
 

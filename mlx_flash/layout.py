@@ -61,7 +61,7 @@ class View:
         nbytes = math.prod(self.shape) * self.itemsize
         if not apart:
             return Span(self.tensor.span.path, at, nbytes)
-        if len(apart) > 1 or apart[0][1] < piece:
+        if len(apart) > 1:
             return None
         return Span(self.tensor.span.path, at, nbytes, piece, apart[0][1])
 
@@ -263,10 +263,7 @@ def _reshape(source: Source, _: Any, shapes: list[tuple[int, ...]], __: Any) -> 
     (shape,) = shapes
     if len(source) == 1:
         return [_one(_reshaped(source[0], shape))]
-    # Parts keep their rows where the first axis stays, or is split off by a stack.
-    rows = sum(view.shape[0] for view in source)
-    if not shape or shape[0] != rows:
-        return [None]
+    # Several parts keep their rows, or their elements are not enough for the new shape.
     parts = [_reshaped(view, (view.shape[0], *shape[1:])) for view in source]
     return [tuple(p for p in parts if p is not None) if all(parts) else None]
 

@@ -20,6 +20,7 @@ from .errors import (
     UsageError,
     brief,
 )
+from .fingerprint import Fingerprint
 from .layout import Layout
 from .step import Step, one_token
 from .streaming.checkpoint import Checkpoint, read_json
@@ -43,6 +44,7 @@ class LazyModel:
     step: Step
     switches: dict[str, nn.Module]
     layers: dict[str, LayerExperts]
+    fingerprint: Fingerprint
 
     @property
     def untested(self) -> str:
@@ -111,7 +113,10 @@ def open_lazily(
         )
     if adapter_path is not None:
         _adapt(model, switches, adapter_path)
-    return LazyModel(checkpoint, config, architecture, model, layout, step, switches, layers)
+    fingerprint = Fingerprint.of(checkpoint, config, adapter_path)
+    return LazyModel(
+        checkpoint, config, architecture, model, layout, step, switches, layers, fingerprint
+    )
 
 
 class _Traced:

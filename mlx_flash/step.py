@@ -82,6 +82,13 @@ class _Witness(nn.Module):
         return y
 
 
+def one_token_caches(model: nn.Module) -> list[Any]:
+    """The prompt cache after one token: kinds and shapes, for whoever lets go of it at once."""
+    caches: list[Any] = kv.make_prompt_cache(model)
+    model(mx.zeros((1, 1), mx.int32), cache=caches)
+    return caches
+
+
 def one_token(model: nn.Module, switches: Mapping[str, nn.Module]) -> Step:
     """Build the graph of one token, with someone watching at every switch layer."""
     witnesses = {path: _Witness(switch) for path, switch in switches.items()}

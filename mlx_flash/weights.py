@@ -56,11 +56,11 @@ def give_slots(
 
 def _places(
     spans: Mapping[str, Sequence[Span]], paths: Sequence[Path]
-) -> dict[str, list[tuple[int, int, int]]]:
-    """Spans as the extension takes them: number of the file, offset, bytes."""
+) -> dict[str, list[tuple[int, int, int, int, int]]]:
+    """Spans as the extension takes them: number of the file, offset, bytes, piece, stride."""
     numbers = {path: number for number, path in enumerate(paths)}
     return {
-        name: [(numbers[s.path], s.offset, s.nbytes) for s in found]
+        name: [(numbers[s.path], s.offset, s.nbytes, s.piece, s.stride) for s in found]
         for name, found in spans.items()
     }
 

@@ -20,6 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="Run as if the native kernels had not been built, in started commands too.",
     )
 
+    parser.addoption(
+        "--write-tables",
+        action="store_true",
+        help="Write the tables of docs/ from what the tests found, instead of comparing.",
+    )
+
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--reference"):

@@ -34,6 +34,7 @@ class Family:
         as_mlx: What makes transformers' model agree where mlx-lm computes something else.
         differs: In what mlx-lm and transformers disagree, and what hides it here.
         hf: Whether transformers has the family; the oracle is mlx-lm where not.
+        seed: Chosen for a varied continuation and no near-ties between its best two tokens.
     """
 
     name: str
@@ -126,12 +127,14 @@ def oracle(
     raise AssertionError(f"{family.name}: transformers does not agree with itself")
 
 
-def logits(model: Any, tokens: list[int], prefill: int = PROMPT, chunk: int = 24) -> np.ndarray:
+def logits(
+    model: Any, tokens: list[int], prefill: int = PROMPT, chunk: int = 24, cache: Any = None
+) -> np.ndarray:
     """What a model on MLX says of `tokens`: a prompt in chunks, then one at a time, with a cache.
 
     Float32, [len(tokens), VOCAB].
     """
-    cache = make_prompt_cache(model)
+    cache = cache or make_prompt_cache(model)
     rows, start = [], 0
     for end in [*range(chunk, prefill, chunk), *range(prefill, len(tokens) + 1)]:
         rows.append(model(mx.array([tokens[start:end]]), cache=cache)[0])
@@ -321,19 +324,21 @@ DT = "mlx-lm clamps dt to time_step_limit, transformers to (time_step_min, inf):
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("llama", configs.LLAMA),
-        Family("qwen3", configs.QWEN3),
-        Family("nemotron", configs.NEMOTRON),
+        Family("llama", configs.LLAMA, seed=1),
+        Family("qwen3", configs.QWEN3, seed=4),
+        Family("nemotron", configs.NEMOTRON, seed=5),
         Family(
             "mamba2",
             configs.MAMBA2,
+            seed=1,
             differs="mlx-lm's gated norm knows no groups; the tiny config has one, as published",
         ),
-        Family("nemotron_h-dense", configs.NEMOTRON_H_DENSE, differs=DT),
-        Family("nemotron_h", configs.NEMOTRON_H, differs=DT),
+        Family("nemotron_h-dense", configs.NEMOTRON_H_DENSE, seed=2, differs=DT),
+        Family("nemotron_h", configs.NEMOTRON_H, seed=5, differs=DT),
         Family(
             "nemotron_h-latent",
             configs.NEMOTRON_H_LATENT,
+            seed=5,
             mtp="mtp.layers.0.",
             mtp_extra=(
                 "mtp.layers.0.enorm.weight",
@@ -342,37 +347,40 @@ FAMILIES: dict[str, Family] = {
             ),
             differs=DT,
         ),
-        Family("qwen3_moe", configs.QWEN3_MOE),
-        Family("qwen3_vl_moe", configs.QWEN3_VL_MOE, publish=_transposed),
-        Family("qwen3_next", configs.QWEN3_NEXT, **QWEN_MTP),
+        Family("qwen3_moe", configs.QWEN3_MOE, seed=5),
+        Family("qwen3_vl_moe", configs.QWEN3_VL_MOE, seed=3, publish=_transposed),
+        Family("qwen3_next", configs.QWEN3_NEXT, seed=1, **QWEN_MTP),
         # Fused experts on the Hub, [experts, 2 * intermediate, hidden], as transformers computes.
-        Family("qwen3_5_moe", configs.QWEN3_5_MOE, original_format=False, **QWEN_MTP),
+        Family("qwen3_5_moe", configs.QWEN3_5_MOE, seed=4, original_format=False, **QWEN_MTP),
         # mlx-lm and transformers know the prediction layer of DeepSeek's 61 layers by its number.
-        Family("deepseek_v3", configs.DEEPSEEK_V3, **_appended(61)),
-        Family("kimi_k2", configs.KIMI_K2),
-        Family("deepseek_v32", configs.DEEPSEEK_V32, **_appended(61)),
-        Family("glm4_moe", configs.GLM4_MOE, **_appended(4)),
+        Family("deepseek_v3", configs.DEEPSEEK_V3, seed=2, **_appended(61)),
+        Family("kimi_k2", configs.KIMI_K2, seed=1),
+        Family("deepseek_v32", configs.DEEPSEEK_V32, seed=5, **_appended(61)),
+        Family("glm4_moe", configs.GLM4_MOE, seed=5, **_appended(4)),
         Family(
             "gpt_oss",
             configs.GPT_OSS,
+            seed=3,
             publish=_mxfp4,
             differs="mlx-lm's YaRN ignores truncate=false; the tiny config says true",
         ),
-        Family("mixtral", configs.MIXTRAL),
-        Family("minimax", configs.MINIMAX_M2),
-        Family("granitemoehybrid", configs.GRANITE),
+        Family("mixtral", configs.MIXTRAL, seed=5),
+        Family("minimax", configs.MINIMAX_M2, seed=1),
+        Family("granitemoehybrid", configs.GRANITE, seed=2),
         Family(
             "jamba",
             configs.JAMBA,
+            seed=1,
             as_mlx=_renormalize,
             differs="mlx-lm renormalizes the top-k router weights; transformers leaves them",
         ),
-        Family("lfm2_moe", configs.LFM2_MOE),
-        Family("olmoe", configs.OLMOE),
+        Family("lfm2_moe", configs.LFM2_MOE, seed=2),
+        Family("olmoe", configs.OLMOE, seed=5),
         Family("llama4", configs.LLAMA4),
         Family(
             "ernie4_5_moe",
             configs.ERNIE,
+            seed=1,
             zero=("e_score_correction_bias",),
             mtp="mtp_block.0.",
             mtp_extra=(
@@ -382,9 +390,9 @@ FAMILIES: dict[str, Family] = {
             ),
             differs="mlx-lm drops e_score_correction_bias; transformers selects experts with it",
         ),
-        Family("kimi_linear", configs.KIMI_LINEAR, publish=_kimi),
-        Family("gemma4", configs.GEMMA4),
-        Family("bailing_moe_v3", configs.BAILING_V3, publish=_ling, **_appended(4)),
+        Family("kimi_linear", configs.KIMI_LINEAR, seed=1, publish=_kimi),
+        Family("gemma4", configs.GEMMA4, seed=2),
+        Family("bailing_moe_v3", configs.BAILING_V3, seed=4, publish=_ling, **_appended(4)),
         Family("bailing_hybrid", configs.BAILING_HYBRID, hf=False),
         Family("bailing_moe", configs.BAILING_MOE, hf=False),
     )

@@ -363,3 +363,19 @@ def test_mutated_headers_give_spans_in_the_file_or_are_refused(
         assert info.span.offset >= 8
         assert info.span.offset + info.span.nbytes <= len(content) - cut
     assert sum(info.span.nbytes for info in checkpoint.values()) <= len(content)
+
+
+def test_strided_spans() -> None:
+    path = Path("model.safetensors")
+    span = Span(path, 10, 12, 3, 8)
+    assert [*span.pieces()] == [Span(path, at, 3) for at in (10, 18, 26, 34)]
+    assert span.extent == 27
+    assert span.split(2) == [Span(path, 10, 6, 3, 8), Span(path, 26, 6, 3, 8)]
+    for parts in (3, 12):  # which would cut a piece
+        with pytest.raises(CheckpointError, match=f"do not divide into {parts} experts"):
+            span.split(parts)
+    for together in (Span(path, 10, 12), Span(path, 10, 12, 12, 99), Span(path, 10, 12, 3, 3)):
+        assert [*together.pieces()] == [Span(path, 10, 12)]
+        assert together.extent == 12 and not together.is_strided
+        assert together.split(2) == [Span(path, 10, 6), Span(path, 16, 6)]
+    assert Span(path, 10, 0, 3, 8).extent == 0 and not [*Span(path, 10, 0, 3, 8).pieces()]

@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from patience import PATIENT
 
@@ -42,25 +42,52 @@ SHAPES = {  # parameter -> dtype, shape of one expert, and where its first one b
     "down.weight": (mx.float32, (5, 701), 1),
     "codes": (mx.uint8, (3,), 0),
 }
+ROWS = 8
+FUSED = {  # rows of a gate and an up in turns -> dtype, items of one row
+    "fused.weight": (mx.uint8, 1100),  # long enough to be read into place
+    "fused.scales": (mx.uint8, 37),
+    "fused.bias": (mx.bfloat16, 1),
+}
+SLOT_SHAPES = {name: (dtype, shape) for name, (dtype, shape, _) in SHAPES.items()} | {
+    f"{half} of {name}": (dtype, (ROWS, items))
+    for name, (dtype, items) in FUSED.items()
+    for half in ("gate", "up")
+}
 ANY_EXPERTS = st.lists(st.integers(0, EXPERTS - 1), max_size=SLOTS, unique=True)
 
 
 class Layer:
-    """Random experts, one file for each parameter. Of the last, half of one is there at most."""
+    """Random experts, one file for each tensor. Of the last, half of one is there at most."""
 
     def __init__(self, folder: Path, unreadable: int = 0):
-        rng = np.random.default_rng(0)
-        self.experts = EXPERTS
+        self.rng = np.random.default_rng(0)
+        self.folder, self.unreadable = folder, unreadable
         self.spans: dict[str, list[Span]] = {}
         self.content: dict[Path, bytes] = {}
         for name, (dtype, shape, start) in SHAPES.items():
-            path = folder / f"{name}.bin"
             nbytes = dtype.size * int(np.prod(shape))
-            end = start + nbytes * (EXPERTS - unreadable) + (nbytes // 2 if unreadable else 0)
-            self.content[path] = rng.bytes(end)
-            path.write_bytes(self.content[path])
+            path = self.write(name, start, nbytes)
             self.spans[name] = Span(path, start, nbytes * EXPERTS).split(EXPERTS)
+        for name, (dtype, items) in FUSED.items():
+            row = dtype.size * items
+            path = self.write(name, 7, 2 * ROWS * row)
+            for half, at in (("gate", 7), ("up", 7 + row)):
+                every = Span(path, at, ROWS * row * EXPERTS, row, 2 * row)
+                self.spans[f"{half} of {name}"] = every.split(EXPERTS)
         self.paths = [*self.content]
+
+    def write(self, name: str, start: int, nbytes: int) -> Path:
+        path = self.folder / f"{name}.bin"
+        there = EXPERTS - self.unreadable
+        self.content[path] = self.rng.bytes(
+            start + nbytes * there + (nbytes // 2 if self.unreadable else 0)
+        )
+        path.write_bytes(self.content[path])
+        return path
+
+    def bytes_of(self, span: Span) -> bytes:
+        content = self.content[span.path]
+        return b"".join(content[p.offset : p.offset + p.nbytes] for p in span.pieces())
 
     def files(self, direct: bool = False, threads: int = 3) -> Any:
         return _native.Files(self.paths, threads, direct)
@@ -68,14 +95,19 @@ class Layer:
     def slots(self, count: int = SLOTS) -> dict[str, mx.array]:
         return {
             name: _native.empty_slots([count, *shape], dtype)
-            for name, (dtype, shape, _) in SHAPES.items()
+            for name, (dtype, shape) in SLOT_SHAPES.items()
         }
 
     def pool(
         self, files: Any, slots: dict[str, mx.array], policy: str = "lru", pinned: Any = ()
     ) -> Any:
         spans = {
-            name: [(self.paths.index(s.path), s.offset, s.nbytes) for s in spans]
+            name: [
+                (self.paths.index(s.path), s.offset, s.nbytes, s.piece, s.stride)[
+                    : 5 if s.piece else 3
+                ]
+                for s in spans
+            ]
             for name, spans in self.spans.items()
         }
         return _native.ExpertPool(files, spans, slots, policy, [*pinned])
@@ -86,9 +118,7 @@ class Layer:
         for name, spans in self.spans.items():
             rows = np.array(mx.view(slots[name], mx.uint8)).reshape(slots[name].shape[0], -1)
             for expert, slot in zip(experts, at, strict=True):
-                span = spans[expert]
-                end = span.offset + span.nbytes
-                assert rows[slot].tobytes() == self.content[span.path][span.offset : end]
+                assert rows[slot].tobytes() == self.bytes_of(spans[expert])
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +144,7 @@ def own(tmp_path: Path) -> Layer:
 
 
 def python_store(layer: Layer, policy: str, slots: int = SLOTS) -> ExpertStore:
-    arrays = {n: mx.zeros((slots, *shape), dtype) for n, (dtype, shape, _) in SHAPES.items()}
+    arrays = {n: mx.zeros((slots, *shape), dtype) for n, (dtype, shape) in SLOT_SHAPES.items()}
     mx.eval(arrays)
     return ExpertStore(layer.spans, arrays, POLICIES[policy](), PreadReader(layer.paths, 2))
 
@@ -706,6 +736,113 @@ def test_direct_is_what_it_says(layer: Layer) -> None:
     assert layer.files(True).direct is all(has_direct(path) for path in layer.paths)
 
 
+# Strided spans
+
+
+@st.composite
+def layouts(draw: Any) -> tuple[int, list[tuple[int, int, int, int]]]:
+    """Bytes of a file, and spans within it: offset, count of pieces, piece, stride."""
+    spans = []
+    for _ in range(draw(st.integers(1, 4))):
+        piece = draw(st.sampled_from([1, 2, 90, 511, 512, 1440, 5000, 70_000]))
+        gap = draw(st.sampled_from([0, 1, piece, 3 * piece, 70_000]))
+        count = draw(st.integers(1, max(2, min(3000, 6_000_000 // (piece + gap)))))
+        spans.append((draw(st.integers(0, 3 * piece)), count, piece, piece + gap))
+    return max(at + (n - 1) * stride + piece for at, n, piece, stride in spans), spans
+
+
+@settings(PATIENT, max_examples=80)
+@given(layout=layouts(), direct=st.booleans(), threads=st.integers(1, 3))
+@example(layout=(5_000_003, [(3, 1, 5_000_000, 9_000_000)]), direct=False, threads=2)
+@example(layout=(5_000_003, [(3, 1, 5_000_000, 9_000_000)]), direct=True, threads=2)
+def test_strided_spans_of_any_layout(
+    tmp_path_factory: pytest.TempPathFactory, layout: Any, direct: bool, threads: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "strided.bin"
+    end, spans = layout  # the file ends with the last of them
+    content = np.random.default_rng(end).integers(0, 256, end, np.uint8)
+    content.tofile(path)
+    places = {
+        str(i): [(0, at, n * piece, piece, stride)]
+        for i, (at, n, piece, stride) in enumerate(spans)
+    }
+    slots = {
+        str(i): _native.empty_slots([2, n * piece], mx.uint8, BLOCK, at % BLOCK)
+        for i, (at, n, piece, _) in enumerate(spans)
+    }
+    rows = {name: np.frombuffer(a, np.uint8).reshape(2, -1) for name, a in slots.items()}
+    for row in rows.values():
+        row[:] = 77
+    files = _native.Files([path], threads, direct)
+    (slot,) = _native.ExpertPool(files, places, slots, "lru").place([0])
+    for i, (at, n, piece, stride) in enumerate(spans):
+        want = np.lib.stride_tricks.as_strided(content[at:], (n, piece), (stride, 1))
+        assert np.array_equal(rows[str(i)][slot], want.reshape(-1))
+        assert (rows[str(i)][1 - slot] == 77).all(), "its neighbour is as it was"
+
+
+@pytest.mark.parametrize("piece", [2, 90, 1440, 100_000])
+def test_what_interleaves_is_read_once(tmp_path: Path, piece: int, direct: bool) -> None:
+    count = 6_000_000 // piece  # several requests
+    content = np.random.default_rng(0).integers(0, 256, (count, 2, piece), np.uint8)
+    (tmp_path / "f.bin").write_bytes(b"odd" + content.tobytes())
+    files = _native.Files([tmp_path / "f.bin"], 3, direct)
+    spans = {
+        name: [(0, 3 + half * piece, count * piece, piece, 2 * piece)]
+        for half, name in enumerate(("gate", "up"))
+    }
+    slots = {name: _native.empty_slots([1, count * piece], mx.uint8) for name in spans}
+    _native.ExpertPool(files, spans, slots, "lru").place([0])
+    for half, name in enumerate(("gate", "up")):
+        assert np.array_equal(np.array(slots[name]).reshape(count, piece), content[:, half])
+    assert files.bytes_read == content.size
+    alone = {"gate": slots["gate"]}
+    _native.ExpertPool(files, {"gate": spans["gate"]}, alone, "lru").place([0])
+    together = count * piece if piece > 64 << 10 else content.size
+    assert content.size + count * piece <= files.bytes_read <= content.size + together
+
+
+def test_a_strided_span_of_a_truncated_file(tmp_path: Path, direct: bool) -> None:
+    for piece in (2, 1440):
+        path = tmp_path / f"{piece}.bin"
+        path.write_bytes(bytes(20 * piece - 1))
+        spans = {"w": [Span(path, half * piece, 10 * piece, piece, 2 * piece) for half in (0, 1)]}
+        slots = {"w": mx.zeros((1, 10 * piece), mx.uint8)}
+        mx.eval(slots)
+        store = ExpertStore(spans, slots, POLICIES["lru"](), PreadReader([path]))
+        places = {"w": [(0, s.offset, s.nbytes, s.piece, s.stride) for s in spans["w"]]}
+        pool = _native.ExpertPool(_native.Files([path], 2, direct), places, slots, "lru")
+        assert pool.place([0]) == [0]
+        ours = said(lambda pool=pool: pool.place([1]))
+        assert ours == said(lambda store=store: store.place([1]))
+        assert f"ends at byte {20 * piece - 1}, 1 bytes short" in ours[0]
+        os.truncate(path, 15 * piece)
+        ours = said(lambda pool=pool: pool.place([1]))
+        assert ours == said(lambda store=store: store.place([1]))
+        assert f"ends at byte {15 * piece}, {5 * piece} bytes short" in ours[0]
+
+
+@pytest.mark.parametrize(
+    "span",
+    [
+        (0, 0, 12, 5, 5),  # no whole pieces
+        (0, 0, 12, 4, 3),  # pieces over one another
+        (0, 0, 12, 0, 3),  # a distance of nothing
+        (0, 0, 12, -4, 8),
+        (0, 0, 12, 4, -8),
+        (0, 1 << 62, 12, 4, 1 << 61),  # beyond the end of any file
+        (0, 0, 12, 4, 1 << 62),
+        (0, (1 << 63) - 4, 12),
+    ],
+)
+def test_strided_spans_that_cannot_be(layer: Layer, span: tuple[int, ...]) -> None:
+    slots = {"w": mx.zeros((1, 12), mx.uint8)}
+    with pytest.raises(ValueError, match="do not make up 12 bytes of a file"):
+        _native.ExpertPool(layer.files(), {"w": [span]}, slots, "lru")
+    with pytest.raises(TypeError):
+        _native.ExpertPool(layer.files(), {"w": [(0, 0, 12, 4)]}, slots, "lru")
+
+
 # In the graph
 
 
@@ -797,9 +934,7 @@ def test_two_threads_take_turns(layer: Layer, direct: bool) -> None:
 
         def look(expert: int, slot: int) -> None:
             for name, spans in layer.spans.items():
-                span = spans[expert]
-                data = layer.content[span.path][span.offset : span.offset + span.nbytes]
-                if rows[name][slot].tobytes() != data:
+                if rows[name][slot].tobytes() != layer.bytes_of(spans[expert]):
                     failures.append((name, expert))
 
         for _ in range(60):

@@ -133,6 +133,90 @@ def test_gates_and_gated_norms(isa: str, rows: int, width: int, dtype: Any) -> N
         near(y, z, (width + 16) * EPS * np.abs(z))
 
 
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return 1 / (1 + np.exp(-x))
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    # (1 + tanh(z)) / 2 is sigmoid(2 z), which has a tail where the sum cancels.
+    return x * sigmoid(2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))
+
+
+FORMULAS: dict[str, Callable[[np.ndarray, np.ndarray, float, float], np.ndarray]] = {
+    "swiglu": lambda g, u, limit, alpha: silu(g) * u,
+    "clamped": lambda g, u, limit, alpha: (
+        np.minimum(g, limit)
+        * sigmoid(alpha * np.minimum(g, limit))
+        * (np.clip(u, -limit, limit) + 1)
+    ),
+    "limited": lambda g, u, limit, alpha: silu(np.minimum(g, limit)) * np.clip(u, -limit, limit),
+    "capped": lambda g, u, limit, alpha: np.minimum(silu(g), limit) * np.clip(u, -limit, limit),
+    "situ": lambda g, u, limit, alpha: (
+        limit * np.tanh(g / limit) * sigmoid(g) * (alpha * np.tanh(u / alpha) if alpha else u)
+    ),
+    "geglu": lambda g, u, limit, alpha: gelu(g) * u,
+    "relu2": lambda g, u, limit, alpha: np.maximum(u, 0) ** 2,
+    "silu": lambda g, u, limit, alpha: silu(u),
+    "gelu": lambda g, u, limit, alpha: gelu(u),
+}
+
+
+def activated(name: str, gate: mx.array, up: mx.array, limit: float, alpha: float) -> mx.array:
+    """An activation alone: of an expert whose matrices pass on what they get."""
+    width = gate.shape[-1]
+    one, none = mx.eye(width), mx.zeros((width, width))
+    first, second, down = (
+        kernels.Weights(w[None], None, None, None, 0, 0, "dense")
+        for w in (mx.concatenate([one, none], 1), mx.concatenate([none, one], 1), one)
+    )
+    gated = name not in ("relu2", "silu", "gelu")
+    expert = kernels.Experts(first if gated else None, second, down, name, limit, alpha)
+    x = mx.concatenate([gate, up], axis=-1)
+    return expert(x, mx.zeros((*x.shape[:-1], 1), mx.uint32))[..., 0, :]
+
+
+@every_isa
+@pytest.mark.parametrize("name", FORMULAS)
+@few
+@given(
+    rows=st.sampled_from([1, 9]),  # by row, and by the matrix kernel
+    width=st.integers(1, 70),
+    size=st.sampled_from([0.01, 1.0, 8.0]),
+    limit=st.sampled_from([0.5, 1.0, 7.0]),
+    alpha=st.sampled_from([0.0, 1.702, 4.0]),
+)
+def test_activations(
+    isa: str, name: str, rows: int, width: int, size: float, limit: float, alpha: float
+) -> None:
+    rng = np.random.default_rng(width)
+    gate, up = some(rng, 1, rows, width) * size, some(rng, 1, rows, width) * size
+    with running(isa):
+        y = activated(name, gate, up, limit, alpha)
+        mx.eval(y)
+    g, u = exact(gate), exact(up)
+    want = FORMULAS[name](g, u, float(np.float32(limit)), float(np.float32(alpha)))
+    # A few roundings of each factor, and those of an exponent: |z| of e^z reaches 2 z(|g|).
+    exponent = 2 * np.abs(u if name in ("silu", "gelu") else g) * (1 + alpha)
+    exponent = exponent + 0.08 * np.abs(exponent / 2) ** 3 * ("gelu" in name or name == "geglu")
+    # Where e^z is beyond float32 its reciprocal is 0: below 1e-38 of what it is multiplied with.
+    near(y, want, (16 + 3 * exponent) * EPS * np.abs(want) + 1e-34)
+    assert np.abs(exact(y) - want).max() <= 1e-6 * np.abs(want).max() + 1e-30
+
+
+@every_isa
+@pytest.mark.parametrize("name", FORMULAS)
+def test_activations_of_numbers_without_bounds(isa: str, name: str) -> None:
+    ends = [-3e38, -1e13, -200.0, -104.0, -88.8, -1e-30, 0.0, 1e-30, 20.0, 88.8, 104.0, 1e13]
+    gate = mx.array(ends)[None, None]
+    with running(isa):
+        y = activated(name, gate, mx.ones_like(gate), 7.0, 1.5)
+        mx.eval(y)
+    with np.errstate(over="ignore"):
+        want = FORMULAS[name](exact(gate), np.ones((1, 1, len(ends))), 7.0, 1.5)
+    np.testing.assert_allclose(exact(y), want, rtol=2e-6, atol=1e-24)
+
+
 @every_isa
 def test_activations_at_the_ends_of_float(isa: str) -> None:
     x = mx.array([-np.inf, -3e38, -104.0, -88.8, -87.0, -1e-30, 0.0, 1e-30, 20.0, 88.8, 3e38])

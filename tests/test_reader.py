@@ -4,6 +4,7 @@ Those of installed packages are held to it too.
 """
 
 import errno
+import gc
 import os
 import random
 import signal
@@ -81,7 +82,13 @@ def scattered(path: Path, nbytes: int, count: int = 8) -> list[Job]:
 def check(jobs: Sequence[Job], content: bytes | None = None) -> None:
     for span, buffer in jobs:
         data = content if content is not None else span.path.read_bytes()
-        assert buffer == data[span.offset : span.offset + span.nbytes]
+        pieces = (data[p.offset : p.offset + p.nbytes] for p in span.pieces())
+        assert buffer == b"".join(pieces)
+
+
+def strided(path: Path, offset: int, count: int, piece: int, stride: int) -> Job:
+    span = Span(path, offset, count * piece, piece, stride)
+    return span, memoryview(bytearray(span.nbytes))
 
 
 # Every reader
@@ -113,6 +120,78 @@ def test_adjacent_overlapping_and_repeated_spans(open_reader: Open, files: list[
     jobs = jobs_of(files[0], [5, 5, 105, 205, 150, 305], 100)
     open_reader(files).read_into(jobs)
     check(jobs)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_strided_spans_of_any_layout(open_reader: Open, files: list[Path], seed: int) -> None:
+    rng = random.Random(seed)
+    jobs = []
+    for _ in range(rng.randint(1, 8)):
+        piece = rng.choice([1, 2, 90, 1440, 5000, 70_000])
+        stride = piece + rng.choice([0, 1, piece, 3 * piece, 70_000])
+        offset = rng.randrange(4 * piece)
+        most = 1 + (FILE_BYTES - offset - piece) // stride
+        count = rng.choice([1, most, rng.randint(1, most)])
+        jobs.append(strided(rng.choice(files), offset, count, piece, stride))
+    jobs += jobs_of(files[0], [5, 105, 1005], 100)
+    rng.shuffle(jobs)
+    open_reader(files, rng.choice([1, 3])).read_into(jobs)
+    check(jobs)
+
+
+@pytest.mark.parametrize("piece", [2, 90, 1440, 70_000])
+def test_what_interleaves_is_read_once(
+    open_reader: Open, files: list[Path], preadv: Any, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_COMB_BYTES", 100_000)  # several requests
+    came: list[int] = []
+
+    def count(real: Any, *args: Any) -> int:
+        came.append(real(*args))
+        return came[-1]
+
+    preadv(count)
+    reader = open_reader(files)
+    pieces = (FILE_BYTES - 3) // (2 * piece)
+    jobs = [strided(files[0], 3 + half * piece, pieces, piece, 2 * piece) for half in (1, 0)]
+    reader.read_into(jobs)
+    check(jobs)
+    assert reader.bytes_read == sum(came) == 2 * pieces * piece
+    assert len(came) >= 5 or piece > module.MAX_PIECE_BYTES  # these are adjacent
+    alone = [strided(files[0], 3, pieces, piece, 2 * piece)]
+    before = reader.bytes_read
+    reader.read_into(alone)
+    check(alone)
+    assert pieces * piece <= reader.bytes_read - before <= 2 * pieces * piece
+    assert reader.bytes_read == sum(came)
+
+
+def test_spans_out_of_step_stay_within_limits(
+    open_reader: Open, files: list[Path], preadv: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Each request of one overlaps two of the other: joined, all would need memory for all.
+    monkeypatch.setattr(module, "MAX_COMB_BYTES", 100_000)
+    sizes: list[int] = []
+
+    def note(real: Any, fd: int, buffers: Any, offset: int) -> int:
+        sizes.append(sum(map(len, buffers)))
+        return real(fd, buffers, offset)
+
+    preadv(note)
+    jobs = [strided(files[0], offset, 4000, 100, 200) for offset in (0, 50_100)]
+    open_reader(files).read_into(jobs)
+    check(jobs)
+    assert max(sizes) <= 100_000
+
+
+def test_strided_spans_past_the_end(open_reader: Open, files: list[Path]) -> None:
+    reader = open_reader(files)
+    for piece in (2, 1440, 70_000):
+        count = FILE_BYTES // (2 * piece)
+        offset = FILE_BYTES - (count - 1) * 2 * piece - piece + 1
+        job = strided(files[0], offset, count, piece, 2 * piece)
+        with pytest.raises(ReadError, match=f"ends at byte {FILE_BYTES}, 1 bytes short"):
+            reader.read_into([job])
 
 
 def test_nothing_to_do(open_reader: Open, files: list[Path]) -> None:
@@ -195,6 +274,27 @@ def test_close_gives_back_files_and_threads(open_reader: Open, files: list[Path]
     reader.close()
     assert psutil.Process().num_fds() == fds
     assert threading.active_count() == threads
+
+
+def test_a_reader_that_is_dropped_waits_for_no_thread(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The collector may run anywhere, also where threading holds the lock that a join wants.
+    fds, threads = psutil.Process().num_fds(), threading.active_count()
+    readers = [READERS[name](files, 4) for name in READERS]
+    for reader in readers:
+        reader.read_into(scattered(files[0], LARGE))
+    del reader
+    joined: list[threading.Thread] = []
+    monkeypatch.setattr(threading.Thread, "join", lambda thread, *_: joined.append(thread))
+    readers.clear()
+    gc.collect()
+    assert not joined
+    assert psutil.Process().num_fds() == fds
+    deadline = time.monotonic() + 10
+    while threading.active_count() > threads:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_shared_by_threads(open_reader: Open, files: list[Path]) -> None:

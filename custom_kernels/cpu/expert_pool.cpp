@@ -104,6 +104,12 @@ ExpertPool::ExpertPool(std::shared_ptr<Files> files, std::vector<Parameter> para
                                     std::to_string(span.file) + " does not fit a slot of " +
                                     std::to_string(parameter.slot_bytes) + " bytes.");
       }
+      if (!span.is_valid()) {
+        throw std::invalid_argument("Pieces of " + std::to_string(span.piece) + " bytes every " +
+                                    std::to_string(span.stride) + " from byte " +
+                                    std::to_string(span.offset) + " do not make up " +
+                                    std::to_string(span.bytes) + " bytes of a file.");
+      }
     }
   }
   impl_->pinned.resize(count);

@@ -6,6 +6,7 @@
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 #include <sys/mman.h>
 
@@ -18,6 +19,7 @@
 #include <stdexcept>
 #include <tuple>
 #include <utility>
+#include <variant>
 
 #include "bindings.h"
 #include "expert_pool.h"
@@ -27,7 +29,10 @@ namespace flash {
 
 namespace {
 
-using Spans = std::map<std::string, std::vector<std::tuple<int, int64_t, int64_t>>>;
+// file, offset, bytes; and of strided spans piece and stride
+using Together = std::tuple<int, int64_t, int64_t>;
+using Strided = std::tuple<int, int64_t, int64_t, int64_t, int64_t>;
+using Spans = std::map<std::string, std::vector<std::variant<Together, Strided>>>;
 using Slots = std::map<std::string, mx::array>;
 
 std::shared_ptr<Files> open_files(const nb::iterable& paths, int threads, bool direct) {
@@ -63,8 +68,10 @@ std::shared_ptr<ExpertPool> make_pool(std::shared_ptr<Files> files, const Spans&
     num_slots = array.shape(0);
     Parameter parameter{
         {}, array.data<uint8_t>(), static_cast<int64_t>(array.nbytes()) / num_slots};
-    for (auto [file, offset, bytes] : found->second) {
-      parameter.experts.push_back({file, offset, bytes});
+    for (auto& span : found->second) {
+      auto make = [](auto... fields) { return FileSpan{fields...}; };
+      parameter.experts.push_back(
+          std::visit([&](auto& fields) { return std::apply(make, fields); }, span));
     }
     parameters.push_back(std::move(parameter));
   }

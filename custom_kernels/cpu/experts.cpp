@@ -8,6 +8,7 @@
 #include <numeric>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "bindings.h"
 #include "isa.h"
@@ -304,7 +305,9 @@ void prefill(const Experts& experts, const float* x, const uint32_t* indices, in
 // x: [..., in], indices: [..., top_k] -> [..., top_k, out], or with scores their sum [..., out]
 mx::array call(std::shared_ptr<Experts> experts, const mx::array& x, const mx::array& indices,
                const std::optional<mx::array>& scores) {
-  if (x.ndim() < 1 || indices.ndim() != x.ndim() || x.shape(-1) != experts->in()) {
+  bool fits = x.ndim() >= 1 && indices.ndim() == x.ndim() && x.shape(-1) == experts->in() &&
+              std::equal(x.shape().begin(), x.shape().end() - 1, indices.shape().begin());
+  if (!fits || (scores && scores->shape() != indices.shape())) {
     throw std::invalid_argument("experts take x [..., in] and indices [..., top_k].");
   }
   Float type = float_type(x.dtype());
@@ -357,10 +360,16 @@ mx::array call(std::shared_ptr<Experts> experts, const mx::array& x, const mx::a
 }
 
 Activation activation_of(const std::string& name) {
-  if (name == "swiglu") return Activation::swiglu;
-  if (name == "clamped") return Activation::clamped;
-  if (name == "relu2") return Activation::relu2;
-  if (name == "silu") return Activation::silu;
+  constexpr std::pair<const char*, Activation> kNames[] = {
+      {"swiglu", Activation::swiglu},   {"clamped", Activation::clamped},
+      {"limited", Activation::limited}, {"capped", Activation::capped},
+      {"situ", Activation::situ},       {"geglu", Activation::geglu},
+      {"relu2", Activation::relu2},     {"silu", Activation::silu},
+      {"gelu", Activation::gelu},
+  };
+  for (auto [known, activation] : kNames) {
+    if (name == known) return activation;
+  }
   throw std::invalid_argument("No native activation " + name + ".");
 }
 
@@ -381,8 +390,7 @@ void bind_experts(nb::module_& m) {
                throw std::invalid_argument("The projections of an expert do not fit together.");
              }
              Activation kind = activation_of(activation);
-             bool gated = kind == Activation::swiglu || kind == Activation::clamped;
-             if (gated != gate.has_value()) {
+             if (is_gated(kind) != gate.has_value()) {
                throw std::invalid_argument("A gated activation needs a gate, others have none.");
              }
              return std::make_shared<Experts>(Experts{{},

@@ -25,7 +25,7 @@ struct Experts : Shared<Experts> {
   Weights up;
   Weights down;
   Activation activation;
-  float limit;  // of the clamped activation
+  float limit;  // of the activation, as `alpha`
   float alpha;
   std::shared_ptr<ExpertPool> pool;
 

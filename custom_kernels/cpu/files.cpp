@@ -16,10 +16,12 @@
 #include <condition_variable>
 #include <cstring>
 #include <deque>
+#include <limits>
 #include <mutex>
 #include <string_view>
 #include <system_error>
 #include <thread>
+#include <tuple>
 #include <utility>
 
 namespace flash {
@@ -30,8 +32,13 @@ constexpr std::string_view kPrefix = "mlx-flash read error ";
 
 // One request. Larger ones read little faster, and what follows them arrives later.
 constexpr int64_t kRunBytes = 2 << 20;
-constexpr size_t kRunPieces = 512;         // half of the usual IOV_MAX
+constexpr size_t kRunPieces = 512;
+constexpr size_t kMaxBuffers = 1024;       // of one system call, by the usual IOV_MAX
 constexpr int64_t kBounceBytes = 1 << 20;  // per thread
+constexpr int64_t kHotBytes = 256 << 10;   // of those, what a core's cache keeps until it is copied
+constexpr int64_t kLongPiece = 512;  // shorter ones are copied twice faster than told to the system
+constexpr int64_t kCombPiece = 64 << 10;  // longer pieces of a strided span are reads of their own,
+constexpr int64_t kCombGap = 64 << 10;    // and so are those that lie further apart
 constexpr int64_t kPage = 4096;
 constexpr int64_t kHugePage = 2 << 20;
 
@@ -87,21 +94,21 @@ void open_direct(File& file) {
 #endif
 }
 
-struct Piece {
-  uint8_t* to;
-  int64_t bytes;
-  int tag;
-};
-
-// One request: pieces that follow one another in a file.
+// One request: spans that follow one another in a file or, if `strided`, that interleave.
 struct Run {
   Files::Batch* batch;
   int file;
   int64_t offset;
+  bool strided;
   int64_t bytes = 0;
-  std::vector<Piece> pieces;
+  std::vector<Read> reads;
   bool urgent = true;
+
   int64_t end() const { return offset + bytes; }
+  void add(const Read& read) {
+    reads.push_back(read);
+    bytes = std::max(bytes, read.from.offset + read.from.extent() - offset);
+  }
 };
 
 ReadError ends_early(const File& file, int64_t at, const Run& run) {
@@ -119,84 +126,106 @@ ReadError closed(const File& file) {
   return {EBADF, file.path, "was closed with its model; load the model again"};
 }
 
-// What is left to fill once the first `done` bytes of a run are in.
-std::vector<iovec> rest(const Run& run, int64_t done) {
-  std::vector<iovec> left;
-  for (auto& piece : run.pieces) {
-    if (done < piece.bytes) {
-      left.push_back({piece.to + done, static_cast<size_t>(piece.bytes - done)});
-      done = 0;
-    } else {
-      done -= piece.bytes;
-    }
-  }
-  return left;
-}
-
 // `preadv` that an interrupting signal does not end.
-ssize_t read_some(int fd, const std::vector<iovec>& to, int64_t offset) {
+ssize_t read_some(int fd, const iovec* to, size_t count, int64_t offset) {
   ssize_t n;
   do {
-    n = preadv(fd, to.data(), static_cast<int>(to.size()), offset);
+    n = preadv(fd, to, static_cast<int>(std::min(count, kMaxBuffers)), offset);
   } while (n < 0 && errno == EINTR);
   return n;
 }
 
-void read_cached(const File& file, const Run& run) {
-  for (int64_t done = 0; done < run.bytes;) {
-    ssize_t n = read_some(file.fd, rest(run, done), run.offset + done);
-    if (n < 0) throw failed(file, errno, run.offset + done);
-    if (n == 0) throw ends_early(file, run.offset + done, run);
-    done += n;
+// What is left to fill once the first `done` bytes are in.
+void skip(std::vector<iovec>& to, size_t& first, int64_t done) {
+  for (; done > 0; first++) {
+    auto& [base, bytes] = to[first];
+    if (done < static_cast<int64_t>(bytes)) {
+      base = static_cast<uint8_t*>(base) + done;
+      bytes -= done;
+      return;
+    }
+    done -= bytes;
   }
 }
 
-// Whether every piece lies in its pages of memory as it does in those of the file.
+// All of a run's bytes, in the order of the file.
+void read_cached(const File& file, const Run& run, std::vector<iovec> to) {
+  int64_t at = run.offset;
+  for (size_t first = 0; at < run.end();) {
+    ssize_t n = read_some(file.fd, &to[first], to.size() - first, at);
+    if (n < 0) throw failed(file, errno, at);
+    if (n == 0) throw ends_early(file, at, run);
+    at += n;
+    skip(to, first, n);
+  }
+}
+
+std::vector<iovec> buffers(const Run& run) {
+  std::vector<iovec> to;
+  for (auto& read : run.reads) to.push_back({read.to, static_cast<size_t>(read.from.bytes)});
+  return to;
+}
+
+// The pieces of a strided run in the order of the file, and `gap` for what lies between them.
+// None if two want the same byte, or if copying twice is faster than so many buffers.
+std::vector<iovec> pieces(const Run& run, uint8_t* gap) {
+  struct Head {
+    int64_t at, left;
+    uint8_t* to;
+    const FileSpan* from;
+  };
+  std::vector<Head> heads;
+  for (auto& [from, to, tag] : run.reads) {
+    if (from.piece < kLongPiece) return {};
+    heads.push_back({from.offset, from.bytes, to, &from});
+  }
+  std::vector<iovec> all;
+  for (int64_t at = run.offset; at < run.end();) {
+    auto next = std::min_element(heads.begin(), heads.end(),
+                                 [](const Head& a, const Head& b) { return a.at < b.at; });
+    int64_t piece = next->from->piece;
+    if (next->at < at) return {};
+    if (next->at > at) all.push_back({gap, static_cast<size_t>(next->at - at)});
+    all.push_back({next->to, static_cast<size_t>(piece)});
+    at = next->at + piece;
+    next->to += piece;
+    next->left -= piece;
+    next->at = next->left ? next->at + next->from->stride : std::numeric_limits<int64_t>::max();
+  }
+  return all;
+}
+
+// Whether every span lies in its pages of memory as it does in those of the file.
 bool is_congruent(const Run& run) {
-  int64_t offset = run.offset;
-  for (auto& piece : run.pieces) {
-    if ((reinterpret_cast<uintptr_t>(piece.to) - offset) % kPage) return false;
-    offset += piece.bytes;
+  for (auto& [from, to, tag] : run.reads) {
+    if ((reinterpret_cast<uintptr_t>(to) - from.offset) % kPage) return false;
   }
   return true;
 }
 
-// Whole pages of a file: those that lie within a piece go where they belong, others to `bounce`.
+// Whole pages of a file: those that lie within a span go where they belong, others to `bounce`.
 class Pages {
  public:
   Pages(const Run& run, uint8_t* bounce) : first_(run.offset / kPage * kPage), bounce_(bounce) {
-    int64_t start = run.offset;
-    for (auto& piece : run.pieces) {
-      int64_t end = start + piece.bytes, page = start / kPage * kPage;
+    for (auto& [from, to, tag] : run.reads) {
+      int64_t start = from.offset, end = start + from.bytes, page = start / kPage * kPage;
       while (page < end) {
         if (page < start || page + kPage > end) {
-          share(page, start, end, piece.to);
+          share(page, start, end, to);
           page += kPage;
         } else {
           int64_t bytes = (end - page) / kPage * kPage;
-          to_.push_back({piece.to + (page - start), static_cast<size_t>(bytes)});
+          to_.push_back({to + (page - start), static_cast<size_t>(bytes)});
           page += bytes;
         }
       }
-      start = end;
     }
   }
 
   int64_t first() const { return first_; }
-  bool fits() const { return to_.size() <= 2 * kRunPieces && used_ <= kBounceBytes; }
+  bool fits() const { return to_.size() <= kMaxBuffers && used_ <= kBounceBytes; }
 
-  // What is left to fill once the first `done` bytes are in.
-  std::vector<iovec> rest(int64_t done) const {
-    std::vector<iovec> left;
-    for (auto [base, bytes] : to_) {
-      int64_t skipped = std::min<int64_t>(done, bytes);
-      done -= skipped;
-      if (skipped < static_cast<int64_t>(bytes)) {
-        left.push_back({static_cast<uint8_t*>(base) + skipped, bytes - skipped});
-      }
-    }
-    return left;
-  }
+  const std::vector<iovec>& to() const { return to_; }
 
   void copy_shared() const {
     for (auto& part : parts_) std::memcpy(part.to, part.from, part.bytes);
@@ -232,9 +261,11 @@ class Pages {
 // Straight into place. False if the file system refuses.
 bool read_in_place(const File& file, const Run& run, const Pages& pages) {
   int64_t wanted = run.end() - pages.first();
+  std::vector<iovec> to = pages.to();
+  size_t first = 0;
   for (int64_t done = 0; done < wanted;) {
     int64_t at = pages.first() + done;
-    ssize_t n = read_some(file.direct_fd, pages.rest(done), at);
+    ssize_t n = read_some(file.direct_fd, &to[first], to.size() - first, at);
     if (n < 0 && errno == EINVAL) return false;
     if (n < 0) throw failed(file, errno, std::max(at, run.offset));
     done += n;
@@ -242,6 +273,7 @@ bool read_in_place(const File& file, const Run& run, const Pages& pages) {
     if (done < wanted && (n == 0 || n % file.offset_align)) {
       throw ends_early(file, std::max(at + n, run.offset), run);
     }
+    skip(to, first, n);
   }
   pages.copy_shared();
   return true;
@@ -249,11 +281,28 @@ bool read_in_place(const File& file, const Run& run, const Pages& pages) {
 
 // Copies what a run wants of the bytes [at, at + n) of its file.
 void scatter(const Run& run, const uint8_t* from, int64_t at, int64_t n) {
-  int64_t start = run.offset;
-  for (auto& piece : run.pieces) {
-    int64_t begin = std::max(start, at), end = std::min(start + piece.bytes, at + n);
-    if (begin < end) std::memcpy(piece.to + (begin - start), from + (begin - at), end - begin);
-    start += piece.bytes;
+  for (auto& [span, to, tag] : run.reads) {
+    int64_t piece = span.is_strided() ? span.piece : span.bytes;
+    int64_t stride = span.is_strided() ? span.stride : span.bytes;
+    int64_t first = std::max<int64_t>(0, (at - span.offset) / stride);
+    uint8_t* next = to + first * piece;
+    int64_t start = span.offset + first * stride;
+    for (; start < at + n && next < to + span.bytes; start += stride, next += piece) {
+      int64_t begin = std::max(start, at), end = std::min(start + piece, at + n);
+      if (begin < end) std::memcpy(next + (begin - start), from + (begin - at), end - begin);
+    }
+  }
+}
+
+// Into `bounce`, and from there into place.
+void read_scattered(const File& file, const Run& run, uint8_t* bounce) {
+  for (int64_t at = run.offset; at < run.end();) {
+    iovec to{bounce, static_cast<size_t>(std::min(run.end() - at, kHotBytes))};
+    ssize_t n = read_some(file.fd, &to, 1, at);
+    if (n < 0) throw failed(file, errno, at);
+    if (n == 0) throw ends_early(file, at, run);
+    scatter(run, bounce, at, n);
+    at += n;
   }
 }
 
@@ -262,8 +311,8 @@ bool read_bounced(const File& file, const Run& run, uint8_t* bounce) {
   int64_t block = std::max(kPage, file.offset_align);
   int64_t end = (run.end() + block - 1) / block * block;
   for (int64_t at = run.offset / block * block; at < run.end();) {
-    size_t asked = std::min(end - at, kBounceBytes);
-    ssize_t n = read_some(file.direct_fd, {{bounce, asked}}, at);
+    iovec to{bounce, static_cast<size_t>(std::min(end - at, kBounceBytes))};
+    ssize_t n = read_some(file.direct_fd, &to, 1, at);
     if (n < 0 && errno == EINVAL) return false;
     if (n < 0) throw failed(file, errno, std::max(at, run.offset));
     scatter(run, bounce, at, n);
@@ -276,32 +325,55 @@ bool read_bounced(const File& file, const Run& run, uint8_t* bounce) {
   return true;
 }
 
-// Requests for these reads, adjacent ones merged, in the order of their lowest tag, large first.
+// A span in lengths that one request can hold, each of whole pieces if it is strided.
+void cut(Read read, std::vector<Read>& to) {
+  FileSpan& from = read.from;
+  int64_t most = kRunBytes, step = kRunBytes;  // in memory and in the file
+  if (from.is_strided()) {
+    bool apart = from.piece > kCombPiece || from.stride - from.piece > kCombGap;
+    int64_t count = apart ? 1 : std::max<int64_t>(1, kRunBytes / from.stride);
+    most = count * from.piece;
+    step = count * from.stride;
+  } else {
+    from.piece = from.stride = 0;
+  }
+  for (int64_t left = from.bytes; left > 0; left -= most, read.to += most, from.offset += step) {
+    from.bytes = std::min(left, most);
+    if (from.is_strided() || from.bytes <= kRunBytes) {
+      to.push_back(read);
+    } else {
+      cut(read, to);  // a piece of its own
+    }
+  }
+}
+
+// Requests for these reads, adjacent or interleaved ones merged, in the order of their lowest tag,
+// large first.
 std::vector<Run> merge(Files::Batch* batch, const std::vector<Read>& reads) {
   std::vector<Read> sorted;
-  for (auto read : reads) {
-    for (; read.from.bytes > kRunBytes; read.to += kRunBytes) {
-      sorted.push_back({{read.from.file, read.from.offset, kRunBytes}, read.to, read.tag});
-      read.from.offset += kRunBytes;
-      read.from.bytes -= kRunBytes;
-    }
-    if (read.from.bytes) sorted.push_back(read);
-  }
-  std::sort(sorted.begin(), sorted.end(), [](const Read& a, const Read& b) {
-    return std::pair(a.from.file, a.from.offset) < std::pair(b.from.file, b.from.offset);
-  });
+  for (auto& read : reads) cut(read, sorted);
+  auto place = [](const Read& read) {
+    return std::tuple(read.from.file, read.from.is_strided(), read.from.offset);
+  };
+  std::sort(sorted.begin(), sorted.end(),
+            [&](const Read& a, const Read& b) { return place(a) < place(b); });
   std::vector<Run> runs;
-  for (auto& [from, to, tag] : sorted) {
-    bool adjacent =
-        !runs.empty() && runs.back().file == from.file && runs.back().end() == from.offset &&
-        runs.back().bytes + from.bytes <= kRunBytes && runs.back().pieces.size() < kRunPieces;
-    if (!adjacent) runs.push_back({batch, from.file, from.offset, 0, {}, true});
-    runs.back().pieces.push_back({to, from.bytes, tag});
-    runs.back().bytes += from.bytes;
+  for (auto& read : sorted) {
+    auto& from = read.from;
+    auto fits = [&](const Run& run) {
+      if (run.file != from.file || run.strided != from.is_strided()) return false;
+      if (run.reads.size() >= kRunPieces) return false;
+      if (from.offset + from.extent() - run.offset > kRunBytes) return false;
+      return run.strided ? from.offset < run.end() : from.offset == run.end();
+    };
+    if (runs.empty() || !fits(runs.back())) {
+      runs.push_back({batch, from.file, from.offset, from.is_strided(), 0, {}, true});
+    }
+    runs.back().add(read);
   }
   auto urgency = [](const Run& run) {
-    int tag = run.pieces[0].tag;
-    for (auto& piece : run.pieces) tag = std::min(tag, piece.tag);
+    int tag = run.reads[0].tag;
+    for (auto& read : run.reads) tag = std::min(tag, read.tag);
     return std::pair(tag, -run.bytes);
   };
   std::stable_sort(runs.begin(), runs.end(),
@@ -350,6 +422,20 @@ class SignalsBlocked {
 };
 
 }  // namespace
+
+bool FileSpan::is_valid() const {
+  if (offset < 0 || bytes < 0 || piece < 0 || stride < 0) return false;
+  if (piece == 0 ? stride != 0 : bytes % piece != 0 || stride < piece) return false;
+  int64_t gaps, end;
+  int64_t after_first = piece && bytes ? bytes / piece - 1 : 0;
+  return !__builtin_mul_overflow(after_first, stride, &gaps) &&
+         !__builtin_add_overflow(gaps, piece ? piece : bytes, &gaps) &&
+         !__builtin_add_overflow(gaps, offset, &end);
+}
+
+int64_t FileSpan::extent() const {
+  return is_strided() && bytes ? (bytes / piece - 1) * stride + piece : bytes;
+}
 
 ReadError::ReadError(int error, const std::string& path, const std::string& text)
     : std::runtime_error(std::string(kPrefix) + std::to_string(error) + " " +
@@ -403,7 +489,7 @@ struct Files::Batch::Impl {
 
   Files::Impl& files;
   std::condition_variable changed;
-  std::vector<int> missing;  // pieces by tag
+  std::vector<int> missing;  // reads by tag
   std::vector<int> arrived;
   std::vector<int64_t> ends;  // by file, the furthest byte that was asked for
   std::optional<ReadError> error;
@@ -514,7 +600,8 @@ void Files::Impl::read(const Run& run, uint8_t* bounce) {
   File& file = files[run.file];
   if (file.direct) {
     bool in_place = false;
-    if (kPage % file.offset_align == 0 && kPage % file.memory_align == 0 && is_congruent(run)) {
+    bool by_pages = kPage % file.offset_align == 0 && kPage % file.memory_align == 0;
+    if (by_pages && !run.strided && is_congruent(run)) {
       Pages pages(run, bounce);
       in_place = pages.fits();
       if (in_place && read_in_place(file, run, pages)) return;
@@ -522,7 +609,9 @@ void Files::Impl::read(const Run& run, uint8_t* bounce) {
     if (!in_place && read_bounced(file, run, bounce)) return;
     file.direct = false;
   }
-  read_cached(file, run);
+  std::vector<iovec> to = run.strided ? pieces(run, bounce) : buffers(run);
+  if (to.empty()) return read_scattered(file, run, bounce);
+  read_cached(file, run, std::move(to));
 }
 
 void Files::Impl::check_unchanged(const Run& run) {
@@ -533,7 +622,7 @@ void Files::Impl::check_unchanged(const Run& run) {
   std::lock_guard lock(mutex);
   int64_t end = run.batch->impl_->ends[run.file];
   if (now.bytes >= 0 && now.bytes < end) {
-    Run wanted{run.batch, run.file, now.bytes, end - now.bytes, {}, true};
+    Run wanted{run.batch, run.file, now.bytes, false, end - now.bytes, {}, true};
     throw ends_early(file, now.bytes, wanted);
   }
   throw ReadError(ESTALE, file.path, "changed on disk since it was loaded; load the model again");
@@ -569,7 +658,7 @@ void Files::Batch::submit(const std::vector<Read>& reads, bool urgent) {
     for (auto& read : reads) tags = std::max(tags, read.tag + 1);
     if (static_cast<int>(impl_->missing.size()) < tags) impl_->missing.resize(tags);
     for (auto& run : runs) {
-      for (auto& piece : run.pieces) impl_->missing[piece.tag]++;
+      for (auto& read : run.reads) impl_->missing[read.tag]++;
       impl_->ends[run.file] = std::max(impl_->ends[run.file], run.end());
     }
     for (size_t i = 0; i < reads.size(); i++) {  // a tag of empty reads is there already
@@ -612,8 +701,8 @@ void Files::Batch::stop() noexcept {
 }
 
 void Files::Batch::Impl::finish(const Run& run) {
-  for (auto& piece : run.pieces) {
-    if (--missing[piece.tag] == 0) arrived.push_back(piece.tag);
+  for (auto& read : run.reads) {
+    if (--missing[read.tag] == 0) arrived.push_back(read.tag);
   }
 }
 

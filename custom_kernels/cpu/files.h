@@ -25,10 +25,18 @@ class ReadError : public std::runtime_error {
   std::string text;
 };
 
+// Bytes of a file that follow one another in memory. On disk they lie together, or in pieces of
+// one size, one every `stride` bytes, as where the rows of two matrices take turns.
 struct FileSpan {
   int file;  // index into the paths that Files was given
   int64_t offset;
-  int64_t bytes;
+  int64_t bytes;       // that arrive in memory
+  int64_t piece = 0;   // bytes that lie together; 0: all of them
+  int64_t stride = 0;  // from the start of one piece to that of the next
+
+  bool is_valid() const;  // whole pieces, none over another, all within what 63 bits can address
+  bool is_strided() const { return piece != 0 && piece != bytes && piece != stride; }
+  int64_t extent() const;  // from the first byte to the last
 };
 
 struct Read {
@@ -44,6 +52,9 @@ struct Read {
 // the pages at the ends, where address and file offset lie equally in their pages; elsewhere
 // through an aligned buffer of the thread's. Where the file system refuses that, reads go through
 // the page cache after all.
+//
+// Strided spans that interleave are read once, with what lies between their pieces, through the
+// buffer too.
 class Files : public Shared<Files> {
  public:
   class Batch;
@@ -55,8 +66,8 @@ class Files : public Shared<Files> {
   Files& operator=(const Files&) = delete;
 
   int count() const;
-  bool direct() const;  // every file is read past the page cache, as things stand
-  int64_t bytes_read() const;
+  bool direct() const;          // every file is read past the page cache, as things stand
+  int64_t bytes_read() const;   // from files: of strided spans, what lies between pieces too
   double read_seconds() const;  // wall time with at least one read in flight
 
   // Waits for reads in flight, fails those that have not begun, gives back threads and files.

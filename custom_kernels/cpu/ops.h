@@ -10,12 +10,21 @@
 
 namespace flash {
 
+// l and a are `limit` and `alpha`; gelu is the approximation by tanh (Hendrycks and Gimpel 2016,
+// arXiv 1606.08415). Experts of three matrices have the first six, of two the others.
 enum class Activation : uint8_t {
   swiglu,   // silu(gate) * up
   clamped,  // gpt-oss: min(gate, l) * sigmoid(a * min(gate, l)) * (clip(up, -l, l) + 1)
-  relu2,    // max(up, 0)^2, experts of two matrices
-  silu,     // silu(up), experts of two matrices
+  limited,  // deepseek-v4.1: silu(min(gate, l)) * clip(up, -l, l)
+  capped,   // step-3.5: min(silu(gate), l) * clip(up, -l, l)
+  situ,     // kimi-k3: l tanh(gate / l) sigmoid(gate) * a tanh(up / a), or * up where a is 0
+  geglu,    // gelu(gate) * up
+  relu2,    // max(up, 0)^2
+  silu,     // silu(up)
+  gelu,     // gelu(up)
 };
+
+constexpr bool is_gated(Activation a) { return a < Activation::relu2; }
 
 constexpr int64_t kMaxTaps = 16;  // of conv1d
 
@@ -31,8 +40,7 @@ struct Ops {
   // eps 1e-6 and scales dk^-1/2 and 1.
   void (*l2_norm)(const float* x, float eps, float scale, int64_t n, float* y);
 
-  // y[i] = activation(gate[i], up[i]). gate is unused by two-matrix activations. `limit` and
-  // `alpha` are of the clamped form.
+  // y[i] = activation(gate[i], up[i]). gate is unused by those that are not gated.
   void (*activate)(Activation a, const float* gate, const float* up, int64_t n, float limit,
                    float alpha, float* y);
   void (*sigmoid)(const float* x, int64_t n, float* y);

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .bench import bench
+from .cache_prompt import cache_prompt
 from .generate import generate, say_error
 from .inspect import inspect
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     "It needs no download.",
 )
 app.command("generate")(generate)
+app.command("cache-prompt")(cache_prompt)
 app.command("bench")(bench)
 app.command("inspect")(inspect)
 

@@ -143,7 +143,7 @@ def _load(given: SimpleNamespace, bars: ExitStack) -> _Loaded:
     config = {"quantize_activations": given.quantize_activations}
     lazy = open_lazily(folder, config, given.adapter_path, given.trust_remote_code)
     say_untested(lazy)
-    inputs.check_fit(given, cache, lazy.model)
+    inputs.check_fit(given, cache, lazy)
     tokenizer = inputs.tokenizer(given, folder, cache)
     tokens = prompts.encode(tokenizer, given, text, suffix=cache is not None)
     prompt_tokens = len(tokens) + (cache.tokens if cache else 0)

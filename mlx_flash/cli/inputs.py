@@ -1,56 +1,36 @@
 """What the options name: model, tokenizer, prompt cache, draft model, sampler, room."""
 
-import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import (
-    QuantizedKVCache,
-    can_trim_prompt_cache,
-    load_prompt_cache,
-    make_prompt_cache,
-)
+from mlx_lm.models.cache import QuantizedKVCache, can_trim_prompt_cache, make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load as load_resident
 
-from .. import demo
+from .. import demo, prompt_file
 from ..config import StreamConfig
 from ..errors import UsageError
 from ..hub import resolve
-from ..opening import MISFITS, open_tokenizer
+from ..opening import MISFITS, LazyModel, open_tokenizer
+from ..prompt_file import Origin, PromptFile
+from ..states import KVSettings
+from ..step import one_token_caches
 
 
-@dataclass(frozen=True)
-class PromptCache:
-    """State of tokens already computed, as ``mlx_lm.cache_prompt`` saves it."""
-
-    layers: list[Any]
-    tokens: int
-    model: str | None
-    tokenizer_config: dict[str, Any]
-
-
-def prompt_cache(given: SimpleNamespace) -> PromptCache | None:
+def prompt_cache(given: SimpleNamespace) -> PromptFile | None:
     """The file of ``--prompt-cache-file``, checked against the other options."""
     name = given.prompt_cache_file
     if name is None:
         return None
-    if not Path(name).is_file():
-        raise UsageError(f"{name}: no such file. Make one with `mlx_lm.cache_prompt`.")
-    try:
-        layers, metadata = load_prompt_cache(name, return_metadata=True)
-        config = json.loads(metadata["tokenizer_config"])
-        first = layers[0]
-    except (RuntimeError, ValueError, LookupError, TypeError) as error:
-        raise UsageError(
-            f"{name} is not a prompt cache. Make one with `mlx_lm.cache_prompt`."
-        ) from error
+    found = prompt_file.read(name)
+    if found.origin is not None:  # it says more than a name: see check_fit
+        return found
+    first = found.layers[0]
     if isinstance(first, QuantizedKVCache) and (
         given.kv_group_size != first.group_size or given.kv_bits not in (None, first.bits)
     ):
@@ -58,28 +38,59 @@ def prompt_cache(given: SimpleNamespace) -> PromptCache | None:
             f"{name} holds {first.bits} bits in groups of {first.group_size}. "
             "Give --kv-bits and --kv-group-size to match."
         )
-    if given.model is not None and given.model != metadata.get("model", given.model):
+    if given.model is not None and given.model != (found.model or given.model):
         raise UsageError(
-            f"{name} was made with {metadata['model']}, not with {given.model}. "
+            f"{name} was made with {found.model}, not with {given.model}. "
             "Leave --model out, or make the cache again."
         )
-    tokens = max((int(getattr(c, "offset", 0)) for c in layers), default=0)
-    return PromptCache(layers, tokens, metadata.get("model"), config)
+    return found
 
 
-def check_fit(given: SimpleNamespace, cache: PromptCache | None, model: nn.Module) -> None:
-    """Refuse a prompt cache whose layers are not this model's."""
+def check_fit(given: SimpleNamespace, cache: PromptFile | None, lazy: LazyModel) -> None:
+    """Refuse a prompt cache that is not of this model, or was computed otherwise."""
     if cache is None:
         return
-    fresh = make_prompt_cache(model)
-    if [hasattr(c, "offset") for c in fresh] != [hasattr(c, "offset") for c in cache.layers]:
+    if cache.origin is not None:
+        _check_origin(given, cache.origin, lazy)
+    if not prompt_file.fits(cache, one_token_caches(lazy.model)):
         raise UsageError(
-            f"{given.prompt_cache_file} does not fit the model it names. Make it again with "
-            "`mlx_lm.cache_prompt`."
+            f"{given.prompt_cache_file} does not fit the model it names. {prompt_file.REMEDY}"
         )
 
 
-def model_folder(given: SimpleNamespace, cache: PromptCache | None) -> Path:
+def _check_origin(given: SimpleNamespace, origin: Origin, lazy: LazyModel) -> None:
+    name, folder = given.prompt_cache_file, lazy.checkpoint.folder
+    other = origin.fingerprint.differences(lazy.fingerprint)
+    if "config" in other or "weights" in other:
+        raise UsageError(
+            f"{name} was computed with another {' and '.join(other)} than {folder} has now. Give "
+            "the model it was made with, or make it again with `mlx-flash cache-prompt`."
+        )
+    if other:
+        was = "an adapter" if origin.fingerprint.adapter else "no adapter"
+        raise UsageError(
+            f"{name} was computed with {was}, and --adapter-path is {given.adapter_path or 'none'}"
+            ", which is not the same. Give the same, or make it again with `mlx-flash "
+            "cache-prompt`."
+        )
+    if str(asked := kv_settings(given)) != str(origin.settings):
+        raise UsageError(
+            f"{name} was computed with {origin.settings}, and asked for is {asked}. Give the "
+            "same, or make it again with `mlx-flash cache-prompt`."
+        )
+
+
+def kv_settings(given: SimpleNamespace) -> KVSettings:
+    """What the options say about keys and values."""
+    return KVSettings(
+        max_kv_size=given.max_kv_size,
+        kv_bits=given.kv_bits,
+        kv_group_size=given.kv_group_size,
+        quantized_kv_start=given.quantized_kv_start,
+    )
+
+
+def model_folder(given: SimpleNamespace, cache: PromptFile | None) -> Path:
     """``--model``, else the model of the prompt cache, else the embedded demo."""
     name = given.model or (cache.model if cache else None)
     if given.revision is not None and (name is None or Path(name).expanduser().is_dir()):
@@ -90,7 +101,7 @@ def model_folder(given: SimpleNamespace, cache: PromptCache | None) -> Path:
     return resolve(name, given.revision) if name else demo.FOLDER
 
 
-def tokenizer(given: SimpleNamespace, folder: Path, cache: PromptCache | None) -> TokenizerWrapper:
+def tokenizer(given: SimpleNamespace, folder: Path, cache: PromptFile | None) -> TokenizerWrapper:
     """The model's tokenizer, with ``--extra-eos-token``."""
     extra = cache.tokenizer_config if cache else None
     loaded = open_tokenizer(folder, extra, given.trust_remote_code)
@@ -159,10 +170,15 @@ def knobs(given: SimpleNamespace, prompt_tokens: int) -> StreamConfig:
             f"the {needed - prompt_tokens} to generate. Ask for {needed}, or lower --max-tokens."
         )
     endless = max(StreamConfig.context, 2 * prompt_tokens) if given.max_tokens < 0 else 0
+    return stream_config(given, given.context or max(needed, endless))
+
+
+def stream_config(given: SimpleNamespace, context: int) -> StreamConfig:
+    """The streaming options, with room for so many tokens."""
     return StreamConfig(
         ram=given.ram,
         slots=given.slots,
-        context=given.context or max(needed, endless),
+        context=context,
         prefill_step_size=given.prefill_step_size,
         policy=given.policy,
         reader=given.reader,

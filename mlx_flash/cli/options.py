@@ -1,4 +1,4 @@
-"""The options of `mlx-flash generate`: mlx-lm's, by its names and defaults, and ours."""
+"""The options of `generate` and `cache-prompt`: mlx-lm's, by its names and defaults, and ours."""
 
 from typing import Annotated
 
@@ -39,6 +39,10 @@ ExtraEosToken = Annotated[
     typer.Option(
         help="One more token that ends the text, or its number. Repeatable.", rich_help_panel=MODEL
     ),
+]
+EosToken = Annotated[
+    str | None,
+    typer.Option(help="The tokenizer's token at the end of a text.", rich_help_panel=MODEL),
 ]
 QuantizeActivations = Annotated[
     bool,
@@ -197,7 +201,18 @@ PrefillStepSize = Annotated[
 ]
 PromptCacheFile = Annotated[
     str | None,
-    typer.Option(help="A cache that mlx_lm.cache_prompt wrote.", rich_help_panel=CACHE),
+    typer.Option(
+        help="A cache that mlx-flash cache-prompt or mlx_lm.cache_prompt wrote.",
+        rich_help_panel=CACHE,
+    ),
+]
+NewPromptCacheFile = Annotated[
+    str,
+    typer.Option(
+        "--prompt-cache-file",
+        help="The file to write, *.safetensors. What is there is replaced.",
+        rich_help_panel=CACHE,
+    ),
 ]
 KvBits = Annotated[
     int | None, typer.Option(help="Bits of a quantized key-value cache.", rich_help_panel=CACHE)

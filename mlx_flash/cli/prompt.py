@@ -12,6 +12,7 @@ from ..errors import UsageError
 
 DEFAULT = "hello"  # mlx-lm's
 QUERY = "<query>"
+MISFITS = (TemplateError, TypeError, ValueError)  # what chat templates raise
 
 
 def read(argument: str | None, option: str | None) -> str:
@@ -55,6 +56,26 @@ def encode(
     """
     templated = not given.ignore_chat_template and tokenizer.has_chat_template
     text = _templated(tokenizer, given, prompt, suffix) if templated else prompt
+    return _tokens(tokenizer, text, templated)
+
+
+def encode_begun(tokenizer: TokenizerWrapper, prompt: str) -> list[int]:
+    """The tokens of a user's turn that has not ended, as ``mlx_lm.cache_prompt`` takes them."""
+    if not tokenizer.has_chat_template:
+        return _tokens(tokenizer, prompt, templated=False)
+    try:
+        text: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            continue_final_message=True,
+            add_generation_prompt=False,
+        )
+    except MISFITS as error:
+        raise UsageError(f"the model's chat template takes no such prompt ({error}).") from error
+    return _tokens(tokenizer, text, templated=True)
+
+
+def _tokens(tokenizer: TokenizerWrapper, text: str, templated: bool) -> list[int]:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # bytes that Python could not read as text
@@ -91,7 +112,7 @@ def _templated(
         if suffix:
             messages[-1]["content"] = QUERY
             text = text[apply().index(QUERY) :]
-    except (TemplateError, TypeError, ValueError) as error:
+    except MISFITS as error:
         raise UsageError(
             f"the model's chat template does not take this ({error}). Change --system-prompt or "
             "--chat-template-config, or use --ignore-chat-template."

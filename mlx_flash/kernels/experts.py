@@ -5,15 +5,15 @@ block takes over its top_k. With a pool the pass reads missing experts while it 
 that are there, inside MLX's graph: nothing waits for the router in Python.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.activations import SwigluOAI
+from mlx_lm.models.qwen3_next import Qwen3NextMLP
 from mlx_lm.models.switch_layers import (
     QuantizedSwitchLinear,
-    SwiGLU,
     SwitchGLU,
     SwitchLinear,
     SwitchMLP,
@@ -22,6 +22,11 @@ from mlx_lm.models.switch_layers import (
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 MODES = {"affine": None, "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+DENSE = (nn.Linear, SwitchLinear)
+QUANTIZED = (nn.QuantizedLinear, QuantizedSwitchLinear)
+
+Kind = tuple[str, float, float]
+"""The extension's name of an activation, and the limit and alpha that it takes."""
 
 
 class NativeSwitch(nn.Module):
@@ -45,22 +50,32 @@ class NativeSwitch(nn.Module):
         return y
 
     def weighted(self, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
-        """``(self(x, indices) * scores[..., None]).sum(axis=-2)`` without the parts: [..., D]."""
+        """``(self(x, indices) * scores[..., None]).sum(axis=-2)`` without the parts: [..., D].
+
+        Summed in float32 whatever the dtype of the scores, and given in that of ``x``.
+        """
         y: mx.array = self.experts(x, indices, scores)
         return y
 
 
 def supports(switch: nn.Module) -> bool:
-    """Whether the extension has kernels for this switch layer as it is."""
-    kind = _activation(switch)
-    return kind is not None and all(supports_weights(p) for p in _projections(switch) if p)
+    """Whether the extension has kernels for this switch layer, or gated MLP, as it is.
+
+    A subclass may have a forward of its own, and one that carries more than projections and an
+    activation is more than they compute.
+    """
+    if _activation(switch) is None:
+        return False
+    projections = [p for p in _projections(switch) if p is not None]
+    own = switch.keys() - {"activation"}  # parts and arrays
+    return len(own) == len(projections) and all(map(supports_weights, projections))
 
 
 def supports_weights(module: Any) -> bool:
     """Whether the extension has a kernel for the weights of this linear layer."""
-    if isinstance(module, (nn.Linear, SwitchLinear)):
+    if type(module) in DENSE:
         return module.weight.dtype in FLOATS
-    if not isinstance(module, (nn.QuantizedLinear, QuantizedSwitchLinear)):
+    if type(module) not in QUANTIZED:
         return False
     if module.get("global_scale") is not None or module.mode not in MODES:
         return False
@@ -72,7 +87,7 @@ def supports_weights(module: Any) -> bool:
 def weights_of(module: Any, native: ModuleType) -> Any:
     """The arrays of a linear or switch linear layer as the extension's ``Weights``."""
     bias = module.get("bias")
-    if isinstance(module, (nn.Linear, SwitchLinear)):
+    if isinstance(module, DENSE):
         return native.Weights(module.weight, None, None, bias, 0, 0, "dense")
     return native.Weights(
         module.weight,
@@ -90,7 +105,7 @@ def experts_of(switch: nn.Module, native: ModuleType, pool: Any = None) -> Any:
     kind = _activation(switch)
     if kind is None:
         raise TypeError(f"no native experts for {type(switch).__name__}")
-    gate, up, down = (weights_of(p, native) if p else None for p in _projections(switch))
+    gate, up, down = (None if p is None else weights_of(p, native) for p in _projections(switch))
     activation, limit, alpha = kind
     return native.Experts(gate, up, down, activation, limit, alpha, pool)
 
@@ -101,16 +116,43 @@ def _projections(switch: Any) -> tuple[Any, Any, Any]:
     return switch.gate_proj, switch.up_proj, switch.down_proj
 
 
-def _activation(switch: Any) -> tuple[str, float, float] | None:
-    """Name, limit and alpha of the activation, None if there is no native one."""
-    if isinstance(switch, SwitchMLP):
-        return ("relu2", 0.0, 0.0) if isinstance(switch.activation, nn.ReLU2) else None
-    if not isinstance(switch, SwitchGLU):
-        # A dense gated MLP, such as a shared expert.
-        gated = all(hasattr(switch, name) for name in ("gate_proj", "up_proj", "down_proj"))
-        return ("swiglu", 0.0, 0.0) if gated else None
-    if isinstance(switch.activation, SwiGLU):
-        return ("swiglu", 0.0, 0.0)
-    if isinstance(switch.activation, SwigluOAI):
-        return ("clamped", switch.activation._limit, switch.activation._alpha)
-    return None
+def _activation(switch: Any) -> Kind | None:
+    """Of a layer whose forward is known; None if there is no native one."""
+    if type(switch) in MLPS:
+        return MLPS[type(switch)]
+    known = ACTIVATIONS.get(type(switch), {})
+    activation = getattr(switch, "activation", None)
+    found = known.get(f"{type(activation).__module__}.{type(activation).__qualname__}")
+    return None if found is None else found(activation)
+
+
+def _limited(activation: Any) -> Kind:
+    return ("limited", activation.limit, 0.0) if activation.limit > 0 else ("swiglu", 0.0, 0.0)
+
+
+def _situ(activation: Any) -> Kind:
+    return ("situ", activation.beta, activation.linear_beta or 0.0)
+
+
+def _gelu(activation: Any) -> Kind | None:
+    return ("gelu", 0.0, 0.0) if activation._approx in ("precise", "tanh") else None
+
+
+# By name: no model's module is imported for it.
+ACTIVATIONS: dict[type, dict[str, Callable[[Any], Kind | None]]] = {
+    SwitchGLU: {
+        "mlx_lm.models.switch_layers.SwiGLU": lambda a: ("swiglu", 0.0, 0.0),
+        "mlx_lm.models.activations.SwigluOAI": lambda a: ("clamped", a._limit, a._alpha),
+        "mlx_lm.models.deepseek_v41.DeepseekV41SwiGLU": _limited,
+        "mlx_lm.models.step3p5.ClampedSwiGLU": lambda a: ("capped", a.limit, 0.0),
+        "mlx_lm.models.kimi_k3.SiTU": _situ,
+        "mlx_lm.models.gemma4_text.GeGLU": lambda a: ("geglu", 0.0, 0.0),
+    },
+    SwitchMLP: {
+        "mlx.nn.layers.activations.ReLU2": lambda a: ("relu2", 0.0, 0.0),
+        "mlx.nn.layers.activations.SiLU": lambda a: ("silu", 0.0, 0.0),
+        "mlx.nn.layers.activations.GELU": _gelu,
+    },
+}
+MLPS: dict[type, Kind] = {Qwen3NextMLP: ("swiglu", 0.0, 0.0)}
+"""Dense MLPs, such as shared experts, that are ``down_proj(f(gate_proj(x), up_proj(x)))``."""

@@ -45,15 +45,36 @@ class Span:
     piece: int = 0
     stride: int = 0
 
+    @property
+    def is_strided(self) -> bool:
+        return self.piece not in (0, self.nbytes, self.stride)
+
+    @property
+    def extent(self) -> int:
+        """Bytes on disk from the first to the last."""
+        if not self.is_strided or not self.nbytes:
+            return self.nbytes
+        return (self.nbytes // self.piece - 1) * self.stride + self.piece
+
+    def pieces(self) -> Iterator["Span"]:
+        """The spans of bytes that lie together, in the order of memory."""
+        if not self.is_strided:
+            yield Span(self.path, self.offset, self.nbytes)
+            return
+        for i in range(self.nbytes // self.piece):
+            yield Span(self.path, self.offset + i * self.stride, self.piece)
+
     def split(self, parts: int) -> list["Span"]:
-        """Cut into ``parts`` equal spans, in order."""
-        if parts < 1 or self.nbytes % parts:
+        """Cut into ``parts`` equal spans of whole pieces, in order."""
+        piece, stride = (self.piece, self.stride) if self.is_strided else (0, 0)
+        if parts < 1 or self.nbytes % (parts * (piece or 1)):
             raise CheckpointError(
                 f"{self.path}: {self.nbytes} bytes at {self.offset} do not divide into "
                 f"{parts} experts. Download this file again."
             )
         n = self.nbytes // parts
-        return [Span(self.path, self.offset + i * n, n) for i in range(parts)]
+        step = n // piece * stride if piece else n
+        return [Span(self.path, self.offset + i * step, n, piece, stride) for i in range(parts)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,9 @@ class StreamedModel(nn.Module):
     stores: tuple[Store, ...]
 
     def __call__(self, inputs: mx.array, cache: Any = None, **kwargs: Any) -> mx.array:
+        feed = getattr(cache, "feed", None)
+        if feed is not None and not kwargs:
+            feed(inputs)  # a cache that keeps account of its tokens
         # A long prompt in one call would need more scratch than was planned for.
         chunk = self.plan.prefill_tokens
         if cache is None or inputs.shape[1] <= chunk or kwargs:

@@ -6,10 +6,13 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from ..errors import ReadError
 from .checkpoint import Span
@@ -18,13 +21,16 @@ Job = tuple[Span, memoryview]
 
 MAX_RUN_BYTES = 8 << 20  # one read request: large enough for any disk, small enough to share out
 MAX_RUN_BUFFERS = 512  # half of the usual IOV_MAX
+MAX_COMB_BYTES = 1 << 20  # one request of strided spans, which needs as much memory of its own
+MAX_PIECE_BYTES = 64 << 10  # longer pieces of a strided span are reads of their own,
+MAX_GAP_BYTES = 64 << 10  # and so are those that lie further apart
 INLINE_BYTES = 256 << 10  # below this, waking a thread costs more than reading
 
 
 class Reader(Protocol):
     """Fills buffers from spans. ``bytes_read`` and ``read_s`` count since it was made."""
 
-    bytes_read: int
+    bytes_read: int  # from files: of strided spans, what lies between pieces too
     read_s: float
 
     def read_into(self, jobs: Sequence[Job]) -> None:
@@ -39,10 +45,38 @@ class Reader(Protocol):
         """Give back files and threads."""
 
 
+@dataclass(slots=True)
+class _Run:
+    """One request: spans that follow one another in a file or, if strided, that interleave."""
+
+    path: Path
+    offset: int
+    strided: bool
+    jobs: list[Job]
+    nbytes: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+    def takes(self, span: Span) -> bool:
+        nbytes = span.offset + span.extent - self.offset
+        if self.path != span.path or self.strided != span.is_strided:
+            return False
+        if self.strided:
+            return span.offset < self.end and nbytes <= MAX_COMB_BYTES
+        fits = nbytes <= MAX_RUN_BYTES and len(self.jobs) < MAX_RUN_BUFFERS
+        return span.offset == self.end and fits
+
+    def add(self, job: Job) -> None:
+        self.jobs.append(job)
+        self.nbytes = max(self.nbytes, job[0].offset + job[0].extent - self.offset)
+
+
 class _Batch:
     """The requests of one call. Handed out one by one, until all are done or one fails."""
 
-    def __init__(self, runs: Iterable[list[Job]]):
+    def __init__(self, runs: Iterable[_Run]):
         self._runs = deque(runs)
         self._reading = 0
         self._changed = threading.Condition()
@@ -50,7 +84,7 @@ class _Batch:
     def __len__(self) -> int:
         return len(self._runs)
 
-    def take(self) -> list[Job] | None:
+    def take(self) -> _Run | None:
         with self._changed:
             if not self._runs:
                 return None
@@ -90,7 +124,9 @@ class PreadReader:
         self._files: dict[Path, int] = {}
         self._stamps: dict[Path, tuple[int, int]] = {}
         self._lock = threading.Lock()
-        self._give_back = weakref.finalize(self, _give_back, self._pool, self._files)
+        # Not the pool: a collector that runs within threading's own locks would wait for its
+        # threads for ever. Those of a pool that is dropped end by themselves.
+        self._close_files = weakref.finalize(self, _close, self._files)
         try:
             for path in paths:
                 self._files[path] = fd = _open(path)
@@ -101,8 +137,9 @@ class PreadReader:
 
     def read_into(self, jobs: Sequence[Job]) -> None:
         start = time.perf_counter()
-        total = sum(span.nbytes for span, _ in jobs)
-        batch = _Batch(_merge(jobs))
+        runs = _merge(jobs)
+        total = sum(run.nbytes for run in runs)
+        batch = _Batch(runs)
         if len(batch) == 1 or total <= INLINE_BYTES:
             self._drain(batch)
         else:
@@ -139,9 +176,18 @@ class PreadReader:
             finally:
                 batch.done()
 
-    def _read(self, run: list[Job]) -> None:
-        path, offset = run[0][0].path, run[0][0].offset
-        buffers = [buffer for _, buffer in run]
+    def _read(self, run: _Run) -> None:
+        if not run.strided:
+            self._fill([buffer for _, buffer in run.jobs], run.path, run.offset)
+            return
+        bounce = np.empty(run.nbytes, np.uint8)
+        self._fill([bounce.data], run.path, run.offset)
+        for span, buffer in run.jobs:
+            rows = np.frombuffer(buffer, np.uint8).reshape(-1, span.piece)
+            first = bounce[span.offset - run.offset :]
+            rows[:] = np.lib.stride_tricks.as_strided(first, rows.shape, (span.stride, 1))
+
+    def _fill(self, buffers: list[memoryview], path: Path, offset: int) -> None:
         while buffers:
             try:
                 n = os.preadv(self._files[path], buffers, offset)
@@ -162,11 +208,11 @@ class PreadReader:
             buffers = _after(buffers, n)
 
     def close(self) -> None:
-        self._give_back()
+        self._pool.shutdown()
+        self._close_files()
 
 
-def _give_back(pool: ThreadPoolExecutor, files: dict[Path, int]) -> None:
-    pool.shutdown()
+def _close(files: dict[Path, int]) -> None:
     for fd in files.values():
         os.close(fd)
     files.clear()
@@ -184,28 +230,31 @@ def _stamp(fd: int) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _merge(jobs: Sequence[Job]) -> list[list[Job]]:
-    """Runs of jobs whose spans follow one another in one file, in file order."""
-    runs: list[list[Job]] = []
-    run_bytes = 0
-    full = [job for job in jobs if job[0].nbytes]  # a read of nothing looks like an end of file
-    for job in sorted(full, key=lambda job: (job[0].path, job[0].offset)):
+def _merge(jobs: Sequence[Job]) -> list[_Run]:
+    """Runs of jobs whose spans follow one another in one file, or interleave, in file order."""
+    runs: list[_Run] = []
+    parts = [part for job in jobs for part in _cut(*job)]
+    for job in sorted(parts, key=lambda job: (job[0].path, job[0].is_strided, job[0].offset)):
         span = job[0]
-        last = runs[-1][-1][0] if runs else None
-        adjacent = (
-            last is not None
-            and last.path == span.path
-            and last.offset + last.nbytes == span.offset
-            and run_bytes + span.nbytes <= MAX_RUN_BYTES
-            and len(runs[-1]) < MAX_RUN_BUFFERS
-        )
-        if adjacent:
-            runs[-1].append(job)
-            run_bytes += span.nbytes
-        else:
-            runs.append([job])
-            run_bytes = span.nbytes
+        if not runs or not runs[-1].takes(span):
+            runs.append(_Run(span.path, span.offset, span.is_strided, []))
+        runs[-1].add(job)
     return runs
+
+
+def _cut(span: Span, buffer: memoryview) -> Iterator[Job]:
+    """A strided span in lengths of whole pieces that one request can hold. Nothing of nothing."""
+    if not span.nbytes:
+        return  # its read would look like an end of file
+    if not span.is_strided:
+        yield span, buffer
+        return
+    apart = span.piece > MAX_PIECE_BYTES or span.stride - span.piece > MAX_GAP_BYTES
+    count = 1 if apart else max(1, MAX_COMB_BYTES // span.stride)
+    for i, start in enumerate(range(0, span.nbytes, count * span.piece)):
+        part = buffer[start : start + count * span.piece]
+        offset = span.offset + i * count * span.stride
+        yield Span(span.path, offset, len(part), span.piece, span.stride), part
 
 
 def _after(buffers: list[memoryview], n: int) -> list[memoryview]:

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from mlx_flash.errors import ReadError
+from mlx_flash.streaming.checkpoint import Span
 from mlx_flash.streaming.reader import Job
 
 
@@ -33,9 +34,9 @@ class PlainReader:
     def read_into(self, jobs: Sequence[Job]) -> None:
         begun = time.perf_counter()
         for span, buffer in jobs:
-            piece = span.piece or span.nbytes  # most spans are one piece
-            for i in range(span.nbytes // piece if piece else 0):
-                self._fill(span.path, span.offset + i * span.stride, buffer[i * piece :][:piece])
+            for piece in span.pieces():  # of most spans one
+                self._fill(piece, buffer[: piece.nbytes])
+                buffer = buffer[piece.nbytes :]
         for path in {span.path for span, _ in jobs}:
             if self._stamp(path) != self._stamps[path]:
                 raise ReadError(
@@ -45,7 +46,8 @@ class PlainReader:
             self.bytes_read += sum(span.nbytes for span, _ in jobs)
             self.read_s += time.perf_counter() - begun
 
-    def _fill(self, path: Path, offset: int, buffer: memoryview) -> None:
+    def _fill(self, span: Span, buffer: memoryview) -> None:
+        path, offset = span.path, span.offset
         while buffer:
             try:
                 n = os.preadv(self._files[path], [buffer], offset)

@@ -1,0 +1,5 @@
+"""Ling 2: grouped sigmoid routing, first layers dense."""
+
+from . import Architecture
+
+architecture = Architecture()

@@ -1,0 +1,5 @@
+"""Jamba: Mamba and attention layers, every second with MoE."""
+
+from . import Architecture
+
+architecture = Architecture()

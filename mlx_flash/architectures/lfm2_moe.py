@@ -1,0 +1,5 @@
+"""LFM2 MoE: short convolutions and attention, sigmoid routing with a bias, first layers dense."""
+
+from . import Architecture
+
+architecture = Architecture()

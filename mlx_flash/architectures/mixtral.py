@@ -1,0 +1,5 @@
+"""Mixtral: few wide experts, softmax over those chosen."""
+
+from . import Architecture
+
+architecture = Architecture()

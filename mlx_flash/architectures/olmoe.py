@@ -1,0 +1,5 @@
+"""OLMoE: normalized queries and keys, many narrow experts."""
+
+from . import Architecture
+
+architecture = Architecture()
