@@ -12,6 +12,7 @@ from families import FAMILIES
 from mlx.utils import tree_flatten
 
 import mlx_flash
+from mlx_flash import loader
 from mlx_flash.anatomy import anatomy
 from mlx_flash.kernels import native
 from mlx_flash.opening import open_lazily
@@ -159,6 +160,7 @@ def test_experts_that_are_not_as_the_model_computes_with_them(tmp_path, monkeypa
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     (folder / "model.safetensors.index.json").unlink()
     said, lines = facts(folder)["checkpoint"], door.run("inspect", folder).out
+    assert said["layout"] == "huggingface", "though most names are the model's"
     if axes == "interleaved":
         assert (said["streams"], said["reads"]) == (True, "strided")
         assert "streamed as it is in strided pieces" in lines
@@ -243,6 +245,15 @@ def test_who_computes_and_why(checkpoints, kernels):
     else:
         assert said["run"] == "reference"
         assert said["why_not_native"]
+
+
+def test_without_the_compiled_kernels_it_says_why(checkpoints, monkeypatch):
+    monkeypatch.setattr(loader, "native", lambda: None)
+    monkeypatch.setattr(loader, "why_not", lambda: "they were not built")
+    said = facts(checkpoints("qwen3_5_moe-4bit"))["kernels"]
+    assert said == {"run": "reference", "why_not_native": "they were not built"}
+    lines = door.run("inspect", checkpoints("qwen3_5_moe-4bit")).out
+    assert "kernels     reference: they were not built\n" in lines
 
 
 BAD = {

@@ -146,6 +146,10 @@ def test_families_of_ours_take_them_too(installed, checkpoints, form, given):
             assert mx.max(mx.abs(theirs - logprobs)).item() < 1e-3
 
 
+# One of the many random layouts: a read per piece is slow, and that is no fault.
+SOME = "fifo or (plain and not any_layout) or plain-7"
+
+
 def test_they_are_held_to_the_contracts_of_ours(target):
     command = [
         sys.executable,
@@ -155,7 +159,7 @@ def test_they_are_held_to_the_contracts_of_ours(target):
         "-p",
         "no:cacheprovider",
         "-k",
-        "fifo or plain",
+        SOME,
     ]
     path = os.pathsep.join([str(target), str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
@@ -167,7 +171,7 @@ def test_they_are_held_to_the_contracts_of_ours(target):
     )
     assert done.returncode == 0, done.stdout
     (passed,) = re.findall(r"(\d+) passed", done.stdout)
-    assert int(passed) >= 18, done.stdout
+    assert int(passed) >= 28, done.stdout
 
 
 def test_without_the_package_its_names_are_not_known(checkpoints):
