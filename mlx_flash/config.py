@@ -18,7 +18,8 @@ class StreamConfig:
 
     Args:
         ram: Ceiling on the whole process at its peak: bytes, ``8GB``, ``60%`` or ``auto``.
-        slots: Experts in RAM per layer, instead of what the budget gives.
+        slots: Experts in RAM per layer, instead of what the budget gives. Of a model without
+            experts: whole layers in RAM.
         context: Tokens of context that the budget must leave room for.
         prefill_step_size: Most prompt tokens to compute at a time. The plan may choose
             fewer, to give the memory to experts.

@@ -111,7 +111,7 @@ class Layout:
 
     def span(self, name: str, nbytes: int) -> Span | None:
         """The bytes of a whole weight, or None where they are computed or scattered."""
-        source = self._sources.get(name) or ()
+        source = () if self._why_not else self._sources.get(name) or ()
         span = source[0].span() if len(source) == 1 else None
         return span if span is not None and span.nbytes == nbytes else None
 

@@ -17,11 +17,12 @@ from . import plugins
 from .config import StreamConfig
 from .errors import BudgetError, UntestedModelWarning, UsageError
 from .hub import resolve
-from .kernels import native, why_not
+from .kernels import attention, native, why_not
 from .kernels.dense_switch import needs_dense, use_dense
 from .kernels.experts import NativeSwitch, supports
 from .machine import Machine, rss_bytes
 from .opening import LazyModel, open_lazily, open_tokenizer
+from .streaming.layers import LayerRing, as_streamed_layer
 from .streaming.model import StreamedModel, as_streamed
 from .streaming.plan import (
     FixedCosts,
@@ -31,9 +32,11 @@ from .streaming.plan import (
     floor_bytes,
     share_slots,
 )
+from .streaming.reader import NativeReader
+from .streaming.spread import fixed_layers, least_bytes, ring_bytes, spread_layers
 from .streaming.store import ExpertStore, NativeStore, Store
 from .streaming.switch import StreamedSwitch
-from .weights import Progress, give_slots, read_residents
+from .weights import Progress, give_ring, give_slots, read_residents
 
 MIN_PREFILL_TOKENS = 32
 SCRATCH_SHARE = 0.25  # of what experts and scratch have together
@@ -61,7 +64,7 @@ def load(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
-    """Load a model whose routed experts stream from disk, within a RAM budget.
+    """Load a model whose routed experts, or layers, stream from disk, within a RAM budget.
 
     What it returns goes where ``mlx_lm.load``'s result goes, with the same tokens out.
     Sets MLX's buffer cache limit, which is the whole process's, to its share of the budget.
@@ -69,7 +72,8 @@ def load(
     Args:
         path_or_repo: A model folder, or a Hub repository such as ``owner/name``.
         ram: Ceiling on the whole process at its peak: bytes, ``8GB``, ``60%``, ``auto``.
-        slots: Experts in RAM per layer, instead of what the budget gives.
+        slots: Experts in RAM per layer, instead of what the budget gives. Of a model without
+            experts: whole layers in RAM.
         policy: Which expert gives up its slot: ``lru``, ``lfu`` or ``s3fifo``.
         reader: How bytes come from disk: ``pread``, ``direct`` or ``auto``.
         context: Tokens of context that the budget leaves room for.
@@ -132,11 +136,12 @@ def make_plan(lazy: LazyModel, knobs: StreamConfig) -> Plan:
         BudgetError: If the budget is below the floor.
     """
     ram_bytes = Machine.probe().budget(knobs.ram)
-    layers = lazy.layers
-    need = floor_bytes(layers)
+    layers, whole = lazy.layers, not lazy.switches
+    need = least_bytes(layers) if whole else floor_bytes(layers)
     if knobs.slots is not None:
-        wanted = fixed_slots(knobs.slots, layers)
+        wanted = (fixed_layers if whole else fixed_slots)(knobs.slots, layers)
         need = sum(n * layers[path].nbytes_each for path, n in wanted.items())
+        need += ring_bytes(layers, wanted) if whole else 0
     resident = sum(a.nbytes for _, a in tree_flatten(lazy.model.parameters()))
     resident -= sum(e.nbytes for e in layers.values())
     bare = FixedCosts(
@@ -146,10 +151,11 @@ def make_plan(lazy: LazyModel, knobs: StreamConfig) -> Plan:
         scratch_bytes=_buffer_cache_bytes(ram_bytes) + OVERHEAD_BYTES,
     )
     tokens, fixed = _prefill(lazy, knobs, bare, ram_bytes - bare.nbytes - need)
-    check_budget(ram_bytes, fixed, need, _remedy(knobs))
+    check_budget(ram_bytes, fixed, need, _remedy(knobs), "layers" if whole else "experts")
     if knobs.slots is None:
-        wanted = share_slots(ram_bytes - fixed.nbytes, layers)
-    return Plan(ram_bytes, knobs.context, tokens, fixed, layers, wanted)
+        wanted = (spread_layers if whole else share_slots)(ram_bytes - fixed.nbytes, layers)
+    ring = ring_bytes(layers, wanted) if whole else 0
+    return Plan(ram_bytes, knobs.context, tokens, fixed, layers, wanted, whole, ring)
 
 
 def floor(lazy: LazyModel, knobs: StreamConfig) -> int:
@@ -193,12 +199,16 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
         reader = plugins.open_reader(name, paths, knobs.read_threads)
     try:
         stores = give_slots(lazy, decided, knobs, reader, paths, extension, pools)
+        layers = NativeReader(reader, paths) if pools is not None else reader
+        ring = give_ring(lazy, decided, layers, extension)
         read_residents(lazy, decided, knobs, paths, extension, progress)
         _swap(lazy, stores, extension)
+        if ring is not None:
+            _take_turns(lazy, decided, ring)
     except BaseException:
         reader.close()
         raise
-    return as_streamed(lazy.model, decided, reader, tuple(stores.values()))
+    return as_streamed(lazy.model, decided, reader, tuple(stores.values()), ring)
 
 
 def slower_because(knobs: StreamConfig) -> str:
@@ -270,12 +280,21 @@ def _swap(lazy: LazyModel, stores: Mapping[str, Store], extension: ModuleType | 
         lazy.architecture.use_kernels(lazy.model, extension)
 
 
+def _take_turns(lazy: LazyModel, decided: Plan, ring: LayerRing) -> None:
+    """Let the layers that do not stay take their weights from the ring, and begin to read."""
+    modules = dict(lazy.model.named_modules())
+    streamed = [path for path in lazy.tensors if decided.streams(path)]
+    for turn, path in enumerate(streamed):
+        as_streamed_layer(modules[path], ring, turn)
+    ring.begin()
+
+
 def _prefill(
     lazy: LazyModel, knobs: StreamConfig, bare: FixedCosts, left: int
 ) -> tuple[int, FixedCosts]:
     """The largest prompt chunk whose scratch leaves most of the budget to experts."""
     tokens = min(knobs.prefill_step_size, max(knobs.context, 1))
-    fused = _extension(lazy, knobs) is not None
+    fused = _extension(lazy, knobs) is not None and attention.covers(lazy.model)
     while True:
         scratch = lazy.architecture.scratch_bytes(
             lazy.model, lazy.config, lazy.step, tokens, knobs.context, fused

@@ -12,6 +12,7 @@ from mlx_lm.utils import load_adapters, load_model, load_tokenizer
 
 from . import architectures
 from .architectures import Architecture
+from .dense import layer_tensors
 from .errors import (
     CheckpointError,
     FlashError,
@@ -24,7 +25,9 @@ from .fingerprint import Fingerprint
 from .layout import Layout
 from .step import Step, one_token
 from .streaming.checkpoint import Checkpoint, read_json
+from .streaming.layers import LayerTensor
 from .streaming.plan import LayerExperts
+from .streaming.spread import whole_layer
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
 MISFITS = (
@@ -34,7 +37,10 @@ MISFITS = (
 
 @dataclass(frozen=True)
 class LazyModel:
-    """A model that is built and not yet read, with what its experts look like."""
+    """A model that is built and not yet read, with what its experts look like.
+
+    One without experts has no switches, and ``tensors``: by layer, what of it can stream.
+    """
 
     checkpoint: Checkpoint
     config: dict[str, Any]
@@ -45,11 +51,12 @@ class LazyModel:
     switches: dict[str, nn.Module]
     layers: dict[str, LayerExperts]
     fingerprint: Fingerprint
+    tensors: dict[str, list[LayerTensor]]
 
     @property
     def untested(self) -> str:
         """What to say of a family that no test of ours holds to an oracle; empty if one does."""
-        if self.architecture.tested:
+        if self.architecture.tested or not self.switches:
             return ""
         family = self.config["model_type"]
         return f"model type {family!r} is untested here: compare its answers with mlx-lm's."
@@ -100,6 +107,9 @@ def open_lazily(
             path: architecture.experts(switch, step.calls[path].experts)
             for path, switch in switches.items()
         }
+        tensors = {} if switches else layer_tensors(model, layout)
+        for path, found in tensors.items():
+            layers[path] = whole_layer(sum(t.span.nbytes for t in found))
     except FlashError:
         raise
     except MISFITS as error:
@@ -107,15 +117,19 @@ def open_lazily(
             f"{folder}: config.json and the weights do not fit together ({brief(error)}). "
             "Download the model again, or convert it with mlx_lm.convert."
         ) from error
-    if not switches:
-        raise UnsupportedModelError(
-            f"{folder} has no routed experts to stream. Use mlx_lm for it, if it fits in RAM."
-        )
     if adapter_path is not None:
-        _adapt(model, switches, adapter_path)
-    fingerprint = Fingerprint.of(checkpoint, config, adapter_path)
+        _adapt(model, switches, tensors, adapter_path)
     return LazyModel(
-        checkpoint, config, architecture, model, layout, step, switches, layers, fingerprint
+        checkpoint=checkpoint,
+        config=config,
+        architecture=architecture,
+        model=model,
+        layout=layout,
+        step=step,
+        switches=switches,
+        layers=layers,
+        tensors=tensors,
+        fingerprint=Fingerprint.of(checkpoint, config, adapter_path),
     )
 
 
@@ -148,8 +162,13 @@ class _Traced:
         return self._layout or Layout(self._checkpoint, model)
 
 
-def _adapt(model: nn.Module, switches: dict[str, nn.Module], adapter_path: str) -> None:
-    before = _weights(switches)
+def _adapt(
+    model: nn.Module,
+    switches: dict[str, nn.Module],
+    tensors: dict[str, list[LayerTensor]],
+    adapter_path: str,
+) -> None:
+    before = _weights(switches, tensors)
     try:
         load_adapters(model, adapter_path).eval()
     except MISFITS as error:
@@ -157,16 +176,20 @@ def _adapt(model: nn.Module, switches: dict[str, nn.Module], adapter_path: str) 
             f"--adapter-path {adapter_path}: no adapter of mlx-lm that fits this model "
             f"({brief(error)}). Check the path, or train it for this model."
         ) from error
-    if _weights(switches) != before:
+    if _weights(switches, tensors) != before:
+        what = "routed experts" if switches else "layers"
         raise UnsupportedModelError(
-            f"--adapter-path {adapter_path} changes routed experts, which stream as they are on "
-            "disk. Fuse it into the model with mlx_lm.fuse first."
+            f"--adapter-path {adapter_path} changes {what}, which stream as they are on disk. "
+            "Fuse it into the model with mlx_lm.fuse first."
         )
 
 
-def _weights(switches: dict[str, nn.Module]) -> dict[str, int]:
+def _weights(
+    switches: dict[str, nn.Module], tensors: dict[str, list[LayerTensor]]
+) -> dict[str, int]:
     """Which array is where: the same dict as long as none is another."""
-    return {name: id(array) for name, array in tree_flatten(switches)}
+    streamed = {path: [t.module[t.name] for t in found] for path, found in tensors.items()}
+    return {name: id(array) for name, array in tree_flatten([switches, streamed])}
 
 
 def _check_activations(config: dict[str, Any], extra: dict[str, Any] | None) -> None:

@@ -44,7 +44,8 @@ class PrefixCache:
 
     Args:
         model: What ``mlx_flash.load`` returned. One of ``mlx_lm.load`` works too, but does not
-            say what it was fed: there ``take`` has to believe the ids, and checks their number.
+            say what it was fed: there ``take`` has to believe the ids, and checks their number;
+            where no layer counts tokens, as in a pure Mamba, it takes what ``prefill`` fed.
         max_bytes: Most bytes of all snapshots. They come on top of the model's ``ram``.
         settings: What is done to keys and values. Give the same to ``mlx_lm.generate``.
     """
@@ -89,6 +90,8 @@ class PrefixCache:
             return True
         cache, rest = self.restore(tokens)
         prefill(self._model, cache, rest, self.settings, prefill_step_size, progress)
+        if isinstance(cache, _Handed) and not isinstance(self._model, StreamedModel):
+            cache.feed(mx.array(rest))
         return self.take(tokens, cache)
 
     def restore(self, prompt: Sequence[int]) -> tuple[list[Any], list[int]]:
@@ -122,7 +125,7 @@ class PrefixCache:
         # do the kernels.
         layers = copy.deepcopy(self._snapshots[found].layers)
         kv.trim_prompt_cache(layers, len(self._snapshots[found].tokens) - most)
-        if counts(layers) != {most}:
+        if counts(layers) - {most}:
             raise AssertionError("a state has seen the tokens it is handed out for")
         return _Handed(layers, self, tokens[:most]), tokens[most:].tolist()
 
@@ -147,7 +150,7 @@ class PrefixCache:
                 "this prompt cache was not handed out by this PrefixCache, so nothing says which "
                 "model it is of. Begin with restore()."
             )
-        if counts(cache) != {len(ids)} or not cache.has_seen(ids, self._model):
+        if counts(cache) - {len(ids)} or not cache.has_seen(ids, self._model):
             raise UsageError(
                 f"this prompt cache has seen other tokens than the {len(ids)} that are given. "
                 "Give all that it has seen, in order."
@@ -204,7 +207,8 @@ class _Handed(list[Any]):
     def has_seen(self, tokens: Tokens, model: nn.Module) -> bool:
         """Whether these are the tokens, as far as the model says what it is fed."""
         self._settle(0)
-        least = len(tokens) if isinstance(model, StreamedModel) else len(self._begun)
+        told = isinstance(model, StreamedModel) or not counts(self)
+        least = len(tokens) if told else len(self._begun)
         return least <= len(self._begun) and _common(self._begun, tokens) == len(self._begun)
 
     def _settle(self, but: int) -> None:

@@ -90,7 +90,7 @@ def write(
     Raises:
         UsageError: If there is no room, or no permission.
     """
-    if counts(layers) != {len(origin.tokens)}:
+    if counts(layers) - {len(origin.tokens)}:
         raise AssertionError("a state has seen the tokens it is written with")
     metadata = {
         "model": model,
@@ -149,7 +149,7 @@ def fits(found: PromptFile, fresh: list[Any]) -> bool:
     layers = found.layers
     try:
         alike = len(layers) == len(fresh) and all(map(_layer_fits, layers, fresh))
-        return alike and (found.origin is None or counts(layers) == {len(found.origin.tokens)})
+        return alike and (found.origin is None or not counts(layers) - {len(found.origin.tokens)})
     except (AttributeError, TypeError, LookupError, ValueError, ArithmeticError):
         return False  # what is no array where one should be
 

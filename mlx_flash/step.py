@@ -73,6 +73,7 @@ class _Witness(nn.Module):
 
     def __init__(self, switch: nn.Module):
         super().__init__()
+        dict.update(self, switch)  # whatever the model may look at
         self._switch = switch
         self._call: Call | None = None
 

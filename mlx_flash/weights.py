@@ -1,6 +1,6 @@
 """Where a model's weights lie in RAM: slots for experts that stream, huge pages for what stays."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +18,9 @@ from .errors import CheckpointError, brief
 from .machine import rss_bytes
 from .opening import LazyModel
 from .streaming.checkpoint import Span
+from .streaming.layers import LayerRing, LayerTensor
 from .streaming.plan import Plan
+from .streaming.reader import NativeReader, Reader
 from .streaming.store import ExpertStore, NativeStore, Store
 
 Progress = Callable[[int, int], None]
@@ -52,6 +54,26 @@ def give_slots(
         places = _places(spans, paths)
         stores[path] = NativeStore(pools.ExpertPool(reader, places, slots, knobs.policy))
     return stores
+
+
+def give_ring(
+    lazy: LazyModel, decided: Plan, reader: Reader, extension: ModuleType | None
+) -> LayerRing | None:
+    """Put a ring where the weights were of every whole layer that does not fit."""
+    layers = [found for path, found in lazy.tensors.items() if decided.streams(path)]
+    if not layers:
+        return None
+
+    def empty(nbytes: int) -> mx.array:
+        memory: mx.array
+        if extension is None:
+            memory = mx.zeros((nbytes,), mx.uint8)
+            mx.eval(memory)
+        else:
+            memory = extension.empty_slots((nbytes,), mx.uint8, HUGE_PAGE_BYTES)
+        return memory
+
+    return LayerRing(layers, reader, empty, in_pages=extension is not None)
 
 
 def _places(
@@ -110,6 +132,7 @@ def read_residents(
     switches = tuple(f"{path}." for path in lazy.switches) if extension is not None else ()
     modules = [m for name, m in lazy.model.named_modules() if not name.startswith(switches)]
     whole = [p for p in lazy.switches if extension is not None and not decided.streams(p)]
+    layers = [found for p, found in lazy.tensors.items() if not decided.streams(p)]
     total = sum(a.nbytes for m in modules for a in _own_arrays(m))
     total += sum(lazy.layers[path].nbytes for path in whole)
     done = 0
@@ -120,13 +143,17 @@ def read_residents(
         if progress is not None:
             progress(done, total)
 
-    if extension is not None and whole:
+    if extension is not None and (whole or layers):
         direct = knobs.reader in ("auto", "direct")
         files = extension.Files([str(p) for p in paths], knobs.read_threads, direct)
         with closing(files):
             for path in whole:
                 _read_experts(lazy, path, files, paths, extension)
                 advance(lazy.layers[path].nbytes)
+            for found in layers:
+                _read_layer(found, NativeReader(files, paths), extension)
+                advance(sum(t.span.nbytes for t in found))
+    placed = {id(t.module[t.name]) for found in layers for t in found} if extension else set()
     for module in modules:
         for array in _own_arrays(module):
             try:
@@ -136,9 +163,10 @@ def read_residents(
                     f"{lazy.checkpoint.folder}: the resident weights cannot be read "
                     f"({brief(error)}). Check the disk, or download the model again."
                 ) from error
-            advance(array.nbytes)
+            if id(array) not in placed:
+                advance(array.nbytes)
         if extension is not None:
-            _use_huge_pages(module, extension, decided.ram_bytes)
+            _use_huge_pages(module, extension, decided.ram_bytes, placed)
 
 
 def _read_experts(
@@ -152,11 +180,26 @@ def _read_experts(
         raise AssertionError("a new pool gives its slots in order")
 
 
-def _use_huge_pages(module: nn.Module, extension: ModuleType, ram_bytes: int) -> None:
+def _read_layer(tensors: Sequence[LayerTensor], reader: Reader, extension: ModuleType) -> None:
+    """Read a layer that stays, straight into the pages where it will be computed on."""
+    jobs = []
+    for tensor in tensors:
+        phase = tensor.span.offset % PAGE_BYTES
+        array: Any = extension.empty_slots(tensor.shape, tensor.dtype, PAGE_BYTES, phase)
+        tensor.module[tensor.name] = array
+        jobs.append((tensor.span, _host_bytes(array).data))
+    reader.read_into(jobs)
+
+
+def _use_huge_pages(
+    module: nn.Module, extension: ModuleType, ram_bytes: int, placed: Collection[int]
+) -> None:
     """Move a module's large arrays to where kernels read them faster, if there is room for both."""
     for name, value in module.items():
         if not isinstance(value, mx.array) or value.nbytes < HUGE_PAGE_BYTES:
             continue
+        if id(value) in placed:
+            continue  # it is there
         if rss_bytes() + value.nbytes + SPARE_BYTES <= ram_bytes:
             moved: Any = extension.empty_slots(value.shape, value.dtype)
             np.copyto(_host_bytes(moved), _host_bytes(value))

@@ -11,7 +11,6 @@ import door
 import mlx.core as mx
 import mlx_lm
 import pytest
-import tiny
 from mlx_lm.generate import generate_step
 
 import mlx_flash
@@ -155,14 +154,6 @@ def both(*damages):
 
 
 INDEX = "model.safetensors.index.json"
-NOT_MOE = {
-    **tiny.QWEN3_5_MOE,
-    "text_config": {
-        **tiny.QWEN3_5_MOE["text_config"],
-        "num_experts": 0,
-        "intermediate_size": 64,
-    },
-}
 CHECKPOINT, MODEL = errors.CheckpointError, errors.UnsupportedModelError
 DAMAGES = {
     # config.json
@@ -173,10 +164,6 @@ DAMAGES = {
     "model_type is a number": (config(model_type=7), CHECKPOINT, ["model_type"]),
     "model_type is not known": (
         config(model_type="lamma"), MODEL, ["'lamma'", "mlx-lm", "mlx_flash.architectures"],
-    ),
-    "no routed experts": (
-        both(gone(INDEX), lambda folder: tiny.write(folder, config=NOT_MOE)),
-        MODEL, ["no routed experts", "mlx_lm"],
     ),
     **{
         f"config.json with {changes}": (config(**changes), CHECKPOINT, ["config.json", "again"])
@@ -315,7 +302,8 @@ OPTIONS = {
     ("--ram", "1MB"): ["1.00 MB", "short of the floor", "process", "experts", "--ram", "--context"],
     ("--ram", "200%"): ["200%"],
     ("--slots", "3"): ["--slots 3", "4 or more"],
-    ("--slots", "0"): ["--slots", "1", "--help"],
+    ("--slots", "0"): ["--slots 0", "4 or more"],
+    ("--slots", "-1"): ["--slots", "0", "--help"],
     ("--slots", "many"): ["--slots", "integer"],
     ("--policy", "nope"): ["'nope'", "lru", "lfu"],
     ("--reader", "nope"): ["'nope'", "pread"],

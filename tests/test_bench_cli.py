@@ -129,7 +129,7 @@ def test_ceilings_follow_from_what_was_measured(measured):
     (resident,) = rows(measured, "max")
     compute = 1 / resident["decode_tokens_per_s"]
     for row in rows(measured, "1GB"):
-        assert row["compute_how"] == RESIDENT_RUN
+        assert row["compute_how"] == RESIDENT_RUN.format("experts")
         assert row["compute_s_per_token"] == pytest.approx(compute)
         disk_s = row["share_from_disk"] / row["disk_read_bytes_per_s"]
         cache_s = (1 - row["share_from_disk"]) / row["page_cache_read_bytes_per_s"]

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
+from dense_configs import CONFIGS
 
 import mlx_flash
 from mlx_flash.errors import BudgetError
@@ -57,6 +59,20 @@ def check_kept(result):
     assert figures["generated_tokens"] == 6
     assert figures["evictions"] > 0
     return figures
+
+
+@pytest.fixture(scope="module")
+def dense_checkpoint(tmp_path_factory):
+    """Thirteen layers without experts, 340 MB."""
+    config = CONFIGS["llama"] | {
+        "hidden_size": 768,
+        "intermediate_size": 1920,
+        "num_hidden_layers": 13,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 6,
+        "head_dim": 64,
+    }
+    return tiny.write(tmp_path_factory.mktemp("dense") / "llama", config=config)
 
 
 @pytest.fixture
@@ -128,3 +144,20 @@ def test_refusal_reads_no_weights(big_checkpoint):
 def test_slots_and_budget_contradict_each_other(big_checkpoint):
     with pytest.raises(BudgetError, match="lower --slots"):
         mlx_flash.load(big_checkpoint, ram="2GB", slots=200)
+
+
+@pytest.mark.parametrize("more_mb", [5, 90])
+def test_layers_that_stream_stay_under_the_budget(dense_checkpoint, more_mb):
+    refusal = generate(dense_checkpoint, "100MB")
+    assert refusal.returncode == 2
+    match = re.search(r"short of the floor, ([\d.]+) MB: .* scratch, .* layers\.", refusal.stderr)
+    assert match, refusal.stderr
+    ram_mb = float(match[1]) + more_mb
+    result = generate(dense_checkpoint, f"{ram_mb:.0f}MB")
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["peak_rss_bytes"] <= figures["ram_bytes"]
+    assert figures["layers_in_ram"] in ((0, 1) if more_mb == 5 else (2, 3, 4))
+    streamed = figures["expert_bytes"] - figures["slot_bytes"]
+    assert figures["bytes_read_per_token"] == pytest.approx(streamed, rel=0.35)  # and some ahead
+    assert ram_mb * 1e6 < figures["expert_bytes"] + 260e6, "else it would fit"

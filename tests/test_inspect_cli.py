@@ -106,6 +106,17 @@ def test_kinds_and_purposes_are_read_off_any_family(tmp_path, family):
     assert shared == 0 or shared > 10_000, "a bias of the router's scores is the router's"
 
 
+def test_a_model_without_experts(tmp_path):
+    wide = FAMILIES["llama"].config | {"intermediate_size": 512}  # worth streaming
+    folder = tiny.write(tmp_path / "llama", config=wide)
+    said = facts(folder)
+    assert said["tested"] is None
+    assert (said["experts"]["bytes"], said["experts"]["bytes_per_token"]) == (0, 0)
+    assert said["experts"]["layers"] == []
+    assert said["layers"] == {"attention": len(said["plan"]["slots"])}
+    assert "experts     none: layers stream whole" in door.run("inspect", folder).out
+
+
 def test_mixed_quantization_is_listed(checkpoints):
     said = facts(checkpoints("qwen3_5_moe-mixed"))
     formats = {(f["bits"], f["group_size"]) for f in said["experts"]["formats"]}

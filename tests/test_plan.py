@@ -16,6 +16,14 @@ from mlx_flash.streaming.plan import (
     share_slots,
     size,
 )
+from mlx_flash.streaming.spread import (
+    RING,
+    fixed_layers,
+    least_bytes,
+    ring_bytes,
+    spread_layers,
+    whole_layer,
+)
 
 FIXED = FixedCosts(
     process_bytes=200_000_000,
@@ -84,6 +92,59 @@ def test_fixed_slots() -> None:
             fixed_slots(slots, layers)
 
 
+WHOLE = st.lists(st.integers(1, 1000), min_size=1, max_size=40).map(
+    lambda sizes: {f"l{i}": whole_layer(n) for i, n in enumerate(sizes)}
+)
+
+
+def whole_layers(*sizes: int) -> dict[str, LayerExperts]:
+    return {f"l{i}": whole_layer(n) for i, n in enumerate(sizes)}
+
+
+def test_whole_layers_are_spread() -> None:
+    layers = whole_layers(*[10] * 12)
+    assert least_bytes(layers) == RING * 10 == 20
+    for left, expected in ((20, 0), (29, 0), (50, 3), (60, 4), (80, 6), (119, 9), (120, 12)):
+        slots = spread_layers(left, layers)
+        assert sum(slots.values()) == expected, left
+        gaps = "".join(map(str, slots.values()))
+        if 0 < expected < 12:
+            most = -(-(12 - expected) // expected)
+            assert "0" * (most + 1) not in gaps, f"{left}: {gaps}"
+            assert "11" not in gaps or expected > 6, f"{left}: {gaps}"
+    assert spread_layers(0, {}) == {}
+    assert least_bytes(whole_layers(5)) == 5
+
+
+@settings(PATIENT, max_examples=200)
+@given(layers=WHOLE, beyond=st.floats(0, 1.2))
+def test_whole_layers_use_the_budget_and_no_more(
+    layers: dict[str, LayerExperts], beyond: float
+) -> None:
+    total, least = sum(e.nbytes for e in layers.values()), least_bytes(layers)
+    left = int(least + beyond * (total - least))
+    slots = spread_layers(left, layers)
+    kept = sum(layers[path].nbytes for path, n in slots.items() if n)
+    assert kept + ring_bytes(layers, slots) <= left
+    if left >= total:
+        assert all(slots.values())
+    spare = left - kept - ring_bytes(layers, slots)
+    streamed = [e.nbytes for path, e in layers.items() if not slots[path]]
+    assert len(streamed) != 1, "a buffer is as large as the layer"
+    assert not streamed or spare < max(streamed)
+
+
+def test_fixed_layers() -> None:
+    layers = whole_layers(*[10] * 8)
+    assert sum(fixed_layers(0, layers).values()) == 0
+    assert list(fixed_layers(4, layers).values()) == [0, 1, 0, 1, 0, 1, 0, 1]
+    assert sum(fixed_layers(5, layers).values()) == 5
+    for count in (6, 7, 8, 99):  # two buffers hold what two layers need
+        assert sum(fixed_layers(count, layers).values()) == 8
+    with pytest.raises(BudgetError, match="no experts"):
+        fixed_layers(-1, layers)
+
+
 def test_check_budget() -> None:
     floor = FIXED.nbytes + 400_000_000
     check_budget(floor, FIXED, 400_000_000, "Do this.")
@@ -113,7 +174,13 @@ def test_plan_adds_up() -> None:
     assert plan.total_bytes == FIXED.nbytes + 8400 == 1_730_078_400
     assert plan.residency == 0.875
     assert plan.streams("a") and not plan.streams("b")
+    assert plan.streamed_bytes is None, "it depends on the text"
     assert Plan(1, 1, 1, FIXED, {}, {}).residency == 1.0
+    whole = whole_layers(100, 100, 100, 100)
+    slots = {"l0": 0, "l1": 1, "l2": 0, "l3": 0}
+    plan = Plan(10**10, 4096, 512, FIXED, whole, slots, whole_layers=True, ring_bytes=200)
+    assert plan.total_bytes == FIXED.nbytes + 300
+    assert plan.streamed_bytes == 300
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,10 @@ import pytest
 
 from mlx_flash import plugins
 from mlx_flash.errors import ReadError
+from mlx_flash.kernels import native
 from mlx_flash.streaming import reader as module
 from mlx_flash.streaming.checkpoint import Span
-from mlx_flash.streaming.reader import READERS, Job, Reader
+from mlx_flash.streaming.reader import READERS, Job, NativeReader, Reader
 
 FILE_BYTES = 1 << 20
 OVER_INLINE = 64 << 10  # eight spans of this size are read in parallel
@@ -114,6 +115,26 @@ def test_counts_add_up(open_reader: Open, files: list[Path]) -> None:
     for n in range(1, 4):
         reader.read_into(scattered(files[0], SMALL, 2))
         assert reader.bytes_read == n * 2 * SMALL
+
+
+@pytest.mark.skipif(native() is None, reason="SKIPPED LOUDLY: the native kernels are not built")
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_native_files_are_a_reader(files: list[Path], direct: bool) -> None:
+    reader: Reader = NativeReader(native().Files([str(p) for p in files], 4, direct), files)
+    spans = [Span(files[i % 3], 70_000 * i + 13, 60_000) for i in range(9)]
+    buffers = [bytearray(span.nbytes) for span in spans]
+    reader.read_into([(s, memoryview(b)) for s, b in zip(spans, buffers, strict=True)])
+    for span, buffer in zip(spans, buffers, strict=True):
+        assert buffer == span.path.read_bytes()[span.offset :][: span.nbytes]
+    assert reader.bytes_read == 9 * 60_000
+    assert reader.read_s > 0
+    reader.read_into([])
+    with pytest.raises(ReadError, match="short"):
+        past = Span(files[0], FILE_BYTES - 10, 20)
+        reader.read_into([(past, memoryview(bytearray(20)))])
+    reader.close()
+    with pytest.raises(ReadError, match="closed"):
+        reader.read_into([(spans[0], memoryview(buffers[0]))])
 
 
 def test_adjacent_overlapping_and_repeated_spans(open_reader: Open, files: list[Path]) -> None:

@@ -82,8 +82,7 @@ def config_for(shape: str, layers: int | None, dtype: str) -> dict[str, Any]:
     text["num_hidden_layers"] = layers
     if pattern := text.get("hybrid_override_pattern"):
         text["hybrid_override_pattern"] = (pattern * math.ceil(layers / len(pattern)))[:layers]
-    else:
-        every = text["full_attention_interval"]
+    elif every := text.get("full_attention_interval"):
         kinds = ["linear_attention"] * (every - 1) + ["full_attention"]
         text["layer_types"] = (kinds * math.ceil(layers / every))[:layers]
     end, begin, eos = (text["vocab_size"] - n for n in (3, 2, 1))  # as synthetic.tokenizer
@@ -236,6 +235,23 @@ SHAPES: dict[str, dict[str, Any]] = {
         "layer_norm_epsilon": 1e-5,
         "time_step_min": 0.001,
         "time_step_max": 0.1,
+        "tie_word_embeddings": False,
+    },
+    "llama-3.1-8b": {  # no experts: it streams layer by layer
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "vocab_size": 128256,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "max_position_embeddings": 131072,
         "tie_word_embeddings": False,
     },
     "tiny": _qwen35(

@@ -1,5 +1,6 @@
 // The expert pool as Python sees it, as a node of MLX's graph, and its errors as exceptions.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -45,6 +46,23 @@ std::shared_ptr<Files> open_files(const nb::iterable& paths, int threads, bool d
   }
   nb::gil_scoped_release nogil;
   return std::make_shared<Files>(names, threads, direct);
+}
+
+// (file, offset, where to): as many bytes as the buffer has.
+using Jobs = std::vector<
+    std::tuple<int, int64_t, nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>>>;
+
+// As Reader.read_into of streaming/reader.py. Its callers keep the buffers alive meanwhile.
+void read_into(const std::shared_ptr<Files>& files, const Jobs& jobs) {
+  std::vector<Read> reads;
+  for (auto& [file, offset, buffer] : jobs) {
+    if (file < 0 || file >= files->count()) throw std::out_of_range("No file of that number.");
+    reads.push_back({{file, offset, static_cast<int64_t>(buffer.size())}, buffer.data(), 0});
+  }
+  nb::gil_scoped_release nogil;
+  Files::Batch batch(*files);
+  batch.submit(reads);
+  batch.arrived(true);
 }
 
 // The pool keeps its slots' memory alive, whoever keeps the pool.
@@ -200,6 +218,7 @@ void bind_expert_pool(nb::module_& m) {
       .def_prop_ro("direct", &Files::direct)
       .def_prop_ro("bytes_read", &Files::bytes_read)
       .def_prop_ro("read_s", &Files::read_seconds)
+      .def("read_into", &read_into, "jobs"_a)
       .def("close", &Files::close, NoGil());
 
   nb::class_<OpenFetch>(m, "Fetch")

@@ -158,6 +158,7 @@ def _prepare(given: SimpleNamespace, caches: tuple[str, ...]) -> _Prepared:
     say_untested(lazy)
     facts = {
         "model": given.model or "demo",
+        "streams": "experts" if lazy.switches else "layers",
         "prompt_tokens": given.prompt_tokens,
         "tokens": given.tokens,
         "active_bytes": ceilings.active_bytes(lazy),

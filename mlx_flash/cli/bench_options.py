@@ -32,8 +32,9 @@ Ram = Annotated[
 Slots = Annotated[
     int | None,
     typer.Option(
-        min=1,
-        help="Experts in RAM per layer, instead of what a budget gives; not for max.",
+        min=0,
+        help="Experts in RAM per layer, or whole layers of a model without experts, instead of "
+        "what a budget gives; not for max.",
         rich_help_panel=BUDGETS,
     ),
 ]

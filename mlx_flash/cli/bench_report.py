@@ -16,7 +16,7 @@ from ..streaming.plan import size
 from .ceilings import Ceilings
 
 OK, REFUSED, FAILED = "ok", "refused", "failed"
-RESIDENT_RUN = "the fastest run with every expert in RAM"
+RESIDENT_RUN = "the fastest run with all {} in RAM"
 MEMORY_READS = "the weights that a token needs / memory reads"
 MOST_COLUMNS = 200
 
@@ -59,6 +59,7 @@ class Row:
     tokens: int | None = None
     runs: int | None = None
     model: str = ""
+    streams: str = "experts"  # or "layers", of a model that has none
     slots: int | None = None
     policy: str = ""
     reader: str = ""
@@ -136,7 +137,10 @@ def set_ceilings(rows: Sequence[Row]) -> None:
     for row in done:
         assert row.active_bytes and row.memory_read_bytes_per_s
         if resident and row.residency != 1:
-            row.compute_s_per_token, row.compute_how = 1 / max(resident), RESIDENT_RUN
+            row.compute_s_per_token, row.compute_how = (
+                1 / max(resident),
+                RESIDENT_RUN.format(row.streams),
+            )
         else:
             row.compute_s_per_token = row.active_bytes / row.memory_read_bytes_per_s
             row.compute_how = MEMORY_READS
@@ -165,7 +169,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
 def _table(rows: Sequence[Row]) -> str:
     grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     headers = (
-        "\n\nbudget", "\npage\ncache", "experts\nin\nRAM", "\nprefill\ntok/s",
+        "\n\nbudget", "\npage\ncache", f"{rows[0].streams}\nin\nRAM", "\nprefill\ntok/s",
         "\ndecode\ntok/s", "\nhit\nrate", "missed\nMB per\ntoken", "\nread\nMB/s",
         "from\nthe\ndisk", "\npeak\nGB", "\nof\nbudget", "\nmemory\nGB/s", "\ndisk\nMB/s",
         "\nceiling\ntok/s", "\n\nreached",
@@ -225,13 +229,13 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     row = done[0]
     said += [
         f"memory: reads by {row.memory_read_how}",
-        f"disk: {row.disk_read_how}, random experts, {size(row.mean_read_bytes or 0)} a read",
+        f"disk: {row.disk_read_how}, random {row.streams}, {size(row.mean_read_bytes or 0)} a read",
     ]
     for row in {row.compute_how: row for row in done if row.residency != 1}.values():
         compute = f"{(row.compute_s_per_token or 0) * 1e3:.2f} ms a token, {row.compute_how}"
         said.append(f"ceiling: 1 / max(compute, missed bytes / disk); compute is {compute}")
     if any(row.residency == 1 for row in done):
-        said.append(f"ceiling with every expert in RAM: {MEMORY_READS}")
+        said.append(f"ceiling with all {row.streams} in RAM: {MEMORY_READS}")
     if any(row.cache == "warm" for row in done):
         cached = statistics.median(row.page_cache_read_bytes_per_s or 0.0 for row in done)
         said.append(f"what comes from the page cache is held to its {cached / 1e6:.0f} MB/s")
@@ -280,7 +284,15 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         if resident:
             look = {"color": "black", "linestyle": "", "marker": "*", "markersize": 10}
             name = f"{title}_tokens_per_s"
-            _draw(axes, budgets, resident, name, label="every expert in RAM", zorder=3, **look)
+            _draw(
+                axes,
+                budgets,
+                resident,
+                name,
+                label=f"all {resident[0].streams} in RAM",
+                zorder=3,
+                **look,
+            )
         axes.set_title(f"{title}, tokens per second")
         axes.set_xlabel("--ram")
         measured = {row.budget for row in done}

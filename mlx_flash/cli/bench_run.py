@@ -24,7 +24,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..architectures import text_config
 from ..config import StreamConfig
 from ..errors import BudgetError, FlashError
-from ..kernels import native
+from ..kernels import linear, native
 from ..kernels.experts import NativeSwitch
 from ..loader import stream
 from ..machine import Machine, drop_from_page_cache, peak_rss_bytes
@@ -99,7 +99,7 @@ def measure(job: Job, say: Callable[..., None]) -> Result:
     files = sorted({info.span.path for info in lazy.checkpoint.values()})
     model = stream(lazy, _knobs(job), lambda done, total: say(phase="load", done=done, total=total))
     load_s = time.perf_counter() - begun
-    caches = job.caches if model.stores else ("-",)
+    caches = job.caches if model.plan.residency < 1 else ("-",)
     order = [
         cache for cache in ("-", "warm", "cold") if cache in caches for _ in range(job.repeats)
     ]
@@ -267,7 +267,8 @@ def _knobs(job: Job) -> StreamConfig:
 
 def _kernels(model: StreamedModel) -> str:
     extension = native()
-    if extension is None or not any(isinstance(m, NativeSwitch) for m in model.modules()):
+    ours = (NativeSwitch, *linear.CLASSES.values())
+    if extension is None or not any(isinstance(m, ours) for m in model.modules()):
         return "mlx"
     return f"native {extension.isa()}"
 

@@ -73,6 +73,9 @@ class Figures:
             "residency": self.plan.residency,
             "expert_bytes": self.plan.expert_bytes,
             "slot_bytes": self.plan.slot_bytes,
+            "whole_layers": self.plan.whole_layers,
+            "layers": len(self.plan.layers),
+            "layers_in_ram": sum(not self.plan.streams(path) for path in self.plan.layers),
             "peak_rss_bytes": peak,
             "ram_bytes": self.plan.ram_bytes,
             "within_budget": peak <= self.plan.ram_bytes,
@@ -103,11 +106,14 @@ def lines(summary: dict[str, Any]) -> list[str]:
     if summary["decode_tokens_per_s"] is not None:
         decode += f", {summary['decode_tokens_per_s']:.1f} tok/s"
     held = f"{size(summary['slot_bytes'])} of {size(summary['expert_bytes'])} in RAM"
-    if summary["expert_hit_rate"] is None:
+    unit = "layers " if summary["whole_layers"] else "experts"
+    if summary["whole_layers"] and summary["residency"] < 1:
+        experts = f"{held}: {summary['layers_in_ram']} of {summary['layers']}"
+    elif summary["expert_hit_rate"] is None:
         experts = f"{held}, all resident" if summary["residency"] == 1 else held
     else:
         experts = f"{held}, hit rate {summary['expert_hit_rate']:.1%}"
-    result = [f"prompt   {prompt}", f"decode   {decode}", f"experts  {experts}"]
+    result = [f"prompt   {prompt}", f"decode   {decode}", f"{unit}  {experts}"]
     if summary["bytes_read"]:
         disk = f"{size(summary['bytes_read'])} read"
         if summary["bytes_read_per_token"] is not None:
@@ -124,14 +130,32 @@ def lines(summary: dict[str, Any]) -> list[str]:
 def plan_lines(plan: Plan) -> list[str]:
     """How the budget was divided, for ``-v``."""
     fixed = plan.fixed
-    slots = sorted(plan.slots.values())
-    per_layer = f"{slots[0]}" if slots[0] == slots[-1] else f"{slots[0]} to {slots[-1]}"
     return [
         f"budget   {size(plan.ram_bytes)}, {size(plan.total_bytes)} planned",
         f"process  {size(fixed.process_bytes)}",
         f"resident {size(fixed.resident_bytes)}",
         f"state    {size(fixed.state_bytes)} for {plan.context} tokens",
         f"scratch  {size(fixed.scratch_bytes)} for {plan.prefill_tokens} prompt tokens at a time",
-        f"experts  {size(plan.slot_bytes)}: {per_layer} in each of {len(slots)} layers, "
-        f"{plan.residency:.0%} of {size(plan.expert_bytes)}",
+        _layers_line(plan) if plan.whole_layers else _experts_line(plan),
     ]
+
+
+def _experts_line(plan: Plan) -> str:
+    slots = sorted(plan.slots.values())
+    per_layer = f"{slots[0]}" if slots[0] == slots[-1] else f"{slots[0]} to {slots[-1]}"
+    return (
+        f"experts  {size(plan.slot_bytes)}: {per_layer} in each of {len(slots)} layers, "
+        f"{plan.residency:.0%} of {size(plan.expert_bytes)}"
+    )
+
+
+def _layers_line(plan: Plan) -> str:
+    """What a model without experts reads for every token is known before it runs."""
+    held, count = sum(plan.slots.values()), len(plan.slots)
+    line = f"layers   {size(plan.slot_bytes + plan.ring_bytes)}: {held} of {count} in RAM"
+    if not plan.streamed_bytes:
+        return line
+    return (
+        f"{line}, {size(plan.ring_bytes)} to read ahead; every token reads the other "
+        f"{count - held}: {size(plan.streamed_bytes)}"
+    )

@@ -94,6 +94,16 @@ class _Found:
         return sum(path.stat().st_size for path in self.files)
 
     @property
+    def tested(self) -> bool | None:
+        """None of a model without experts, whose layers stream whatever they compute."""
+        return self.lazy.architecture.tested if self.lazy.switches else None
+
+    @property
+    def token_bytes(self) -> int:
+        """Of routed experts, that one token reads at most."""
+        return floor_bytes({path: self.lazy.layers[path] for path in self.lazy.switches})
+
+    @property
     def routed(self) -> dict[LayerExperts, int]:
         """How many layers have experts of one number and size."""
         return Counter(self.lazy.layers[path] for path in self.lazy.switches)
@@ -124,7 +134,7 @@ def _facts(found: _Found) -> dict[str, Any]:
         "model": found.name,
         "model_type": lazy.config["model_type"],
         "class": _class(lazy),
-        "tested": lazy.architecture.tested,
+        "tested": found.tested,
         "checkpoint": {
             "layout": "mlx" if made_of.in_mlx_layout else "huggingface",
             "streams": not made_of.conversion,
@@ -141,7 +151,7 @@ def _facts(found: _Found) -> dict[str, Any]:
         "layers": dict(made_of.layers),
         "experts": {
             **as_json(made_of.experts),
-            "bytes_per_token": floor_bytes(lazy.layers),
+            "bytes_per_token": found.token_bytes,
             "layers": [{"layers": n, **asdict(e)} for e, n in found.routed.items()],
         },
         "resident": {name: as_json(part) for name, part in made_of.parts.items()},
@@ -168,7 +178,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
 def _lines(found: _Found) -> list[str]:
     """The same for people, a topic a line."""
     lazy, made_of = found.lazy, found.made_of
-    tested = "tested" if lazy.architecture.tested else "untested"
+    tested = {True: "tested", False: "untested", None: "without experts"}[found.tested]
     files = "1 file" if len(found.files) == 1 else f"{len(found.files)} files"
     runs, why_not = found.kernels
     lines = [
@@ -216,14 +226,16 @@ def _ignored(made_of: Anatomy) -> str:
 
 
 def _routed_lines(found: _Found) -> list[tuple[str, str]]:
+    experts, lazy = found.made_of.experts, found.lazy
+    if not lazy.switches:
+        layers = size(sum(layer.nbytes for layer in lazy.layers.values()))
+        return [("experts", f"none: layers stream whole, {layers} of them")]
     lines = [
         ("", f"{n} x {e.count}, {e.top_k} per token, {size(e.nbytes_each)} each")
         for e, n in found.routed.items()
     ]
-    token = size(floor_bytes(found.lazy.layers))
-    experts = found.made_of.experts
-    total = f"{size(experts.nbytes)}, {_formats(experts)}; a token reads up to {token}"
-    return [("experts", total), *lines]
+    total = f"{size(experts.nbytes)}, {_formats(experts)}"
+    return [("experts", f"{total}; a token reads up to {size(found.token_bytes)}"), *lines]
 
 
 def _formats(part: Part) -> str:

@@ -75,8 +75,9 @@ Ram = Annotated[
 Slots = Annotated[
     int | None,
     typer.Option(
-        min=1,
-        help="Experts in RAM per layer, instead of what --ram gives.",
+        min=0,
+        help="Experts in RAM per layer, instead of what --ram gives. Of a model without experts: "
+        "whole layers in RAM.",
         rich_help_panel=STREAMING,
     ),
 ]

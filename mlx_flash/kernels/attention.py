@@ -116,6 +116,20 @@ class NativeNemotronHAttention(NemotronHAttention):
         return y
 
 
+def covers(model: nn.Module) -> bool:
+    """Whether no layer of a model calls mlx-lm's attention, which keeps all its scores at once."""
+    return not any(
+        scaled_dot_product_attention.__name__ in _names(type(module))
+        for module in model.modules()
+        if type(module) not in CLASSES
+    )
+
+
+def _names(kind: type) -> tuple[str, ...]:
+    code = getattr(kind.__call__, "__code__", None)
+    return code.co_names if code is not None else ()
+
+
 def use_native(model: nn.Module) -> None:
     """Let attention and rotary embeddings in a model be computed by the extension, where it can."""
     swap(model, CLASSES)

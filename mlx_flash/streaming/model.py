@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from .layers import LayerRing
 from .plan import Plan
 from .reader import Reader
 from .store import Store, StoreStats
@@ -19,6 +20,7 @@ class StreamedModel(nn.Module):
     plan: Plan
     reader: Reader
     stores: tuple[Store, ...]
+    ring: LayerRing | None
 
     def __call__(self, inputs: mx.array, cache: Any = None, **kwargs: Any) -> mx.array:
         feed = getattr(cache, "feed", None)
@@ -47,17 +49,24 @@ class StreamedModel(nn.Module):
     def close(self) -> None:
         """Give back files and threads. The model cannot stream any more."""
         mx.clear_cache()  # waits for graphs that nobody has waited for, as generators leave them
+        if self.ring is not None:
+            self.ring.close()
         self.reader.close()
 
 
 def as_streamed(
-    model: nn.Module, decided: Plan, reader: Reader, stores: tuple[Store, ...]
+    model: nn.Module,
+    decided: Plan,
+    reader: Reader,
+    stores: tuple[Store, ...],
+    ring: LayerRing | None = None,
 ) -> StreamedModel:
     """Give a model of mlx-lm the abilities of ``StreamedModel``, keeping its class."""
     base = type(model)
     model.__class__ = type(base.__name__, (StreamedModel, base), {"__module__": base.__module__})
     assert isinstance(model, StreamedModel)
     # Plain attributes: an nn.Module would take a tuple for a part of its parameter tree.
-    for name, value in (("plan", decided), ("reader", reader), ("stores", stores)):
+    added = {"plan": decided, "reader": reader, "stores": stores, "ring": ring}
+    for name, value in added.items():
         object.__setattr__(model, name, value)
     return model

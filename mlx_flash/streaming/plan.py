@@ -52,6 +52,9 @@ class Plan:
         fixed: What is needed beside the slots.
         layers: The routed experts, by path of their layer in the model.
         slots: Experts in RAM, by the same path. All of a layer: it stays stock.
+        whole_layers: A model without experts: ``layers`` are its decoder layers, each one
+            expert that every token is routed to, and ``slots`` says which stay in RAM.
+        ring_bytes: The buffers that the other layers of such a model pass through.
     """
 
     ram_bytes: int
@@ -60,6 +63,8 @@ class Plan:
     fixed: FixedCosts
     layers: Mapping[str, LayerExperts]
     slots: Mapping[str, int]
+    whole_layers: bool = False
+    ring_bytes: int = 0
 
     @cached_property
     def expert_bytes(self) -> int:
@@ -72,7 +77,12 @@ class Plan:
     @property
     def total_bytes(self) -> int:
         """Predicted peak of the process."""
-        return self.fixed.nbytes + self.slot_bytes
+        return self.fixed.nbytes + self.slot_bytes + self.ring_bytes
+
+    @property
+    def streamed_bytes(self) -> int | None:
+        """What every token reads from disk. None with experts: it depends on the text."""
+        return self.expert_bytes - self.slot_bytes if self.whole_layers else None
 
     @property
     def residency(self) -> float:
@@ -123,7 +133,9 @@ def floor_bytes(layers: Mapping[str, LayerExperts]) -> int:
     return sum(min(e.top_k, e.count) * e.nbytes_each for e in layers.values())
 
 
-def check_budget(ram_bytes: int, fixed: FixedCosts, slot_bytes: int, remedy: str) -> None:
+def check_budget(
+    ram_bytes: int, fixed: FixedCosts, slot_bytes: int, remedy: str, unit: str = "experts"
+) -> None:
     """Refuse a budget below what ``fixed`` and ``slot_bytes`` add up to.
 
     Raises:
@@ -136,7 +148,7 @@ def check_budget(ram_bytes: int, fixed: FixedCosts, slot_bytes: int, remedy: str
         f"a RAM budget of {size(ram_bytes)} is {size(floor - ram_bytes)} short of the floor, "
         f"{size(floor)}: {size(fixed.process_bytes)} process, {size(fixed.resident_bytes)} "
         f"resident weights, {size(fixed.state_bytes)} context state, "
-        f"{size(fixed.scratch_bytes)} scratch, {size(slot_bytes)} experts. {remedy}"
+        f"{size(fixed.scratch_bytes)} scratch, {size(slot_bytes)} {unit}. {remedy}"
     )
     error.floor_bytes = floor
     raise error

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,10 +28,15 @@ INLINE_BYTES = 256 << 10  # below this, waking a thread costs more than reading
 
 
 class Reader(Protocol):
-    """Fills buffers from spans. ``bytes_read`` and ``read_s`` count since it was made."""
+    """Fills buffers from spans. Its counters begin when it is made."""
 
-    bytes_read: int  # from files: of strided spans, what lies between pieces too
-    read_s: float
+    @property
+    def bytes_read(self) -> int:
+        """Bytes that have arrived: of strided spans, what lies between pieces too."""
+
+    @property
+    def read_s(self) -> float:
+        """Seconds in which bytes were read."""
 
     def read_into(self, jobs: Sequence[Job]) -> None:
         """Fill every buffer from its span. Return when all are full.
@@ -210,6 +215,35 @@ class PreadReader:
     def close(self) -> None:
         self._pool.shutdown()
         self._close_files()
+
+
+class NativeReader:
+    """The extension's ``Files``, past the page cache if they were opened so, as a ``Reader``.
+
+    Args:
+        files: The extension's ``Files``.
+        paths (Sequence[Path]): What they were opened from, in the same order.
+    """
+
+    def __init__(self, files: Any, paths: Sequence[Path]):
+        self._files = files
+        self._numbers = {path: number for number, path in enumerate(paths)}
+
+    @property
+    def bytes_read(self) -> int:
+        return int(self._files.bytes_read)
+
+    @property
+    def read_s(self) -> float:
+        return float(self._files.read_s)
+
+    def read_into(self, jobs: Sequence[Job]) -> None:
+        self._files.read_into(
+            [(self._numbers[span.path], span.offset, buffer) for span, buffer in jobs]
+        )
+
+    def close(self) -> None:
+        self._files.close()
 
 
 def _close(files: dict[Path, int]) -> None:

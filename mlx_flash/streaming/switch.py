@@ -8,11 +8,13 @@ leaves that to a node of MLX's graph.
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from numpy.typing import NDArray
 
 from .store import ExpertStore, NativeStore
 
 LARGE_OUTPUT_BYTES = 1 << 20
+PROJECTIONS = (SwitchLinear, QuantizedSwitchLinear)
 
 
 class StreamedSwitch(nn.Module):
@@ -28,6 +30,10 @@ class StreamedSwitch(nn.Module):
     def __init__(self, switch: nn.Module, store: ExpertStore | NativeStore):
         super().__init__()
         self.switch = switch
+        # What else a model hangs on the layer, such as a norm that it calls itself.
+        for name, part in switch.items():
+            if not isinstance(part, PROJECTIONS):
+                self[name] = part
         self._store = store
         self._pending: mx.array | None = None
 
