@@ -211,13 +211,19 @@ def test_what_tracing_takes_out_of_the_model_is_put_back(tmp_path):
 
 def test_a_sanitize_that_looks_at_values_leaves_what_mlx_lm_saved(tmp_path):
     made = fused(np.random.default_rng(1))
+    saved = {"x": made["gate_up"]}
 
     def curious(weights):
         return {n: w * 2 if w[0, 0, 0].item() == 0 else w for n, w in weights.items()}
 
     layout = Layout(write(tmp_path, made), Model(curious))
     with pytest.raises(CheckpointError, match="cannot be followed"):
-        layout.rows("gate", EXPERTS, 8)
+        layout.rows("gate_up", EXPERTS, 2 * OUT * IN * 4)
+    (tmp_path / "mlx").mkdir()
+    mx.save_safetensors(str(tmp_path / "mlx" / "model.safetensors"), saved, {"format": "mlx"})
+    layout = Layout(Checkpoint(tmp_path / "mlx"), Model(curious))
+    check(layout, "x", saved["x"])
+    assert layout.span("x", saved["x"].nbytes) is None
 
 
 axes = st.permutations([0, 1, 2])

@@ -108,6 +108,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self.folder = folder
         self.header_bytes = 0
         self._tensors: dict[str, TensorInfo] = {}
+        formats = set[object]()
         index = _read_index(folder)
         paths = sorted(folder.glob("model*.safetensors"))
         if not paths and not index:
@@ -116,11 +117,13 @@ class Checkpoint(Mapping[str, TensorInfo]):
                 "layout; GGUF, pickle and npz files are not read."
             )
         for path in paths:
-            header_bytes, tensors = _read_header(path)
+            header_bytes, tensors, metadata = _read_header(path)
             self.header_bytes += header_bytes
+            formats.add(metadata.get("format"))
             self._check_unique(path, tensors)
             self._tensors.update(tensors)
         self._check_index(index)
+        self.is_saved_by_mlx = formats == {"mlx"}
 
     def __getitem__(self, name: str) -> TensorInfo:
         try:
@@ -204,8 +207,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read_header(path: Path) -> tuple[int, dict[str, TensorInfo]]:
-    """Size of the header in bytes, and the checked tensors of one file."""
+def _read_header(path: Path) -> tuple[int, dict[str, TensorInfo], dict[str, Any]]:
+    """Size of the header in bytes, the checked tensors of one file, and its metadata."""
     try:
         with path.open("rb") as file:
             file_bytes = file.seek(0, 2)
@@ -223,11 +226,11 @@ def _read_header(path: Path) -> tuple[int, dict[str, TensorInfo]]:
         raise _damaged(path, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _damaged(path, "its header is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
     start = 8 + length
     tensors = {name: _tensor(path, start, name, entry) for name, entry in header.items()}
     _check_layout(path, start, file_bytes, tensors)
-    return start, tensors
+    return start, tensors, metadata if isinstance(metadata, dict) else {}
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
