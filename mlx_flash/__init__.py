@@ -8,13 +8,22 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from .config import StreamConfig
+from .errors import UntestedModelWarning
 
 if TYPE_CHECKING:
     from .loader import load, plan
     from .prefix import PrefixCache
     from .states import KVSettings
 
-__all__ = ["KVSettings", "PrefixCache", "StreamConfig", "__version__", "load", "plan"]
+__all__ = [
+    "KVSettings",
+    "PrefixCache",
+    "StreamConfig",
+    "UntestedModelWarning",
+    "__version__",
+    "load",
+    "plan",
+]
 
 ROOMS = {"load": "loader", "plan": "loader", "PrefixCache": "prefix", "KVSettings": "states"}
 

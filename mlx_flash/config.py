@@ -1,7 +1,9 @@
 """The knobs, in one place. Defaults are the product."""
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
+from . import plugins
 from .errors import UsageError
 from .streaming.eviction import POLICIES
 from .streaming.reader import READERS
@@ -21,9 +23,10 @@ class StreamConfig:
         context: Tokens of context that the budget must leave room for.
         prefill_step_size: Most prompt tokens to compute at a time. The plan may choose
             fewer, to give the memory to experts.
-        policy: Eviction policy, a key of ``POLICIES``.
+        policy: Eviction policy, a key of ``POLICIES`` or what an installed package offers.
         reader: Disk reader: ``pread`` through the page cache, ``direct`` past it (native
-            kernels only), ``auto``: direct where there is one.
+            kernels only), ``auto``: direct where there is one, or what an installed package
+            offers.
         read_threads: Reads in flight.
         kernels: ``native``: the compiled kernels; ``reference``: MLX's own operations;
             ``graph``: MLX's own operations, with experts fetched inside MLX's graph by the
@@ -46,13 +49,44 @@ class StreamConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            raise UsageError(f"no policy {self.policy!r}. There are {', '.join(POLICIES)}.")
-        if self.reader not in READERS_BY_NAME:
-            raise UsageError(f"no reader {self.reader!r}. There are {', '.join(READERS_BY_NAME)}.")
-        if self.kernels not in KERNELS:
-            raise UsageError(f"no kernels {self.kernels!r}. There are {', '.join(KERNELS)}.")
+        _check("policy", self.policy, POLICIES, policies)
+        _check("reader", self.reader, READERS_BY_NAME, readers)
+        _check("kernels", self.kernels, KERNELS, lambda: KERNELS)
+        if self.from_outside and self.kernels == "graph":
+            raise UsageError(
+                f"--kernels graph fetches inside MLX's graph, where {self.from_outside} of an "
+                "installed package cannot run. Leave one of them out."
+            )
+        if self.from_outside and self.reader == "direct":
+            raise UsageError(
+                f"--reader direct is compiled, and cannot run {self.from_outside} of an installed "
+                "package. Use --reader pread."
+            )
         for name in ("context", "prefill_step_size", "read_threads", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value} leaves nothing. Ask for 1 or more.")
+
+    @property
+    def from_outside(self) -> str:
+        """What an installed package brings, so that Python has to fetch; empty if nothing."""
+        given = (("policy", self.policy, POLICIES), ("reader", self.reader, READERS_BY_NAME))
+        return " and ".join(f"--{knob} {name}" for knob, name, ours in given if name not in ours)
+
+
+def policies() -> list[str]:
+    """The names that ``policy`` may have, those of installed packages last."""
+    return [*POLICIES, *plugins.names(plugins.POLICIES)]
+
+
+def readers() -> list[str]:
+    """The names that ``reader`` may have, those of installed packages last."""
+    return [*READERS_BY_NAME, *plugins.names(plugins.READERS)]
+
+
+def _check(
+    knob: str, value: str, ours: Collection[str], known: Callable[[], Collection[str]]
+) -> None:
+    # What is installed is looked through for a name that is not ours: that takes milliseconds.
+    if value not in ours and value not in known():
+        raise UsageError(f"no {knob} {value!r}. There are {', '.join(known())}.")

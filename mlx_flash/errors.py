@@ -18,7 +18,13 @@ class UnsupportedModelError(FlashError, ValueError):
 
 
 class BudgetError(FlashError, ValueError):
-    """The RAM budget is unreadable, impossible, or below the model's floor."""
+    """The RAM budget is unreadable, impossible, or below the model's floor.
+
+    Attributes:
+        floor_bytes: That floor, where it is what the budget is below.
+    """
+
+    floor_bytes: int | None = None
 
 
 class ReadError(FlashError, OSError):
@@ -35,6 +41,10 @@ class UsageError(FlashError, ValueError):
 
 class PluginError(FlashError, ImportError):
     """What another installed package brings does not load, or is not what it says."""
+
+
+class UntestedModelWarning(UserWarning):
+    """A model family that runs here, and that no test of ours compares with mlx-lm."""
 
 
 def brief(error: BaseException, most_lines: int = 2) -> str:

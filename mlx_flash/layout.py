@@ -5,7 +5,7 @@ class. Traced on arrays that hold nothing, it says which bytes of which tensors 
 So no family needs a table of names here, and what mlx-lm learns to load, streams.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from types import FunctionType, SimpleNamespace
@@ -46,13 +46,16 @@ class Layout:
         self._folder = checkpoint.folder
         self._why_not = ""
         self._sources: dict[str, Source | None]
+        self._origins: dict[str, frozenset[str]]
+        self.conversion = f"mlx_lm.convert --hf-path {checkpoint.folder} --mlx-path CONVERTED"
         try:
             with _followable(model, own) as sanitize:
-                self._sources = _trace(checkpoint, sanitize)
+                self._sources, self._origins = _trace(checkpoint, sanitize)
         except UNTRACEABLE as error:
             # What mlx-lm saved has the model's names, and its sanitize changes none of it.
             saved = checkpoint.items() if checkpoint.is_saved_by_mlx else ()
             self._sources = {name: (whole(info),) for name, info in saved}
+            self._origins = {name: frozenset([name]) for name in checkpoint}
             self._why_not = f" (its sanitize cannot be followed: {brief(error)})"
 
     def rows(self, name: str, count: int, row_bytes: int) -> list[Span]:
@@ -73,6 +76,10 @@ class Layout:
         span = source[0].span() if len(source) == 1 else None
         return span if span is not None and span.nbytes == nbytes else None
 
+    def origins(self, name: str) -> frozenset[str]:
+        """The tensors on disk that a weight is made of, moved or computed."""
+        return self._origins.get(name, frozenset())
+
     def _source(self, name: str) -> Source:
         source = self._sources.get(name)
         if not source or not all(view.shape for view in source):
@@ -82,8 +89,7 @@ class Layout:
     def _needs_conversion(self, name: str) -> CheckpointError:
         return CheckpointError(
             f"{self._folder}: {name} is not stored expert by expert as the model computes with "
-            f"it{self._why_not}. Convert the checkpoint: `mlx_lm.convert --hf-path "
-            f"{self._folder} --mlx-path CONVERTED`"
+            f"it{self._why_not}. Convert the checkpoint: `{self.conversion}`"
         )
 
 
@@ -131,8 +137,14 @@ def _identity(first: Any = None, *_: Any, **__: Any) -> Any:
     return first
 
 
-def _trace(checkpoint: Checkpoint, sanitize: Sanitize) -> dict[str, Source | None]:
-    """Run ``sanitize`` on arrays without values, and follow what it does to them."""
+def _trace(
+    checkpoint: Checkpoint, sanitize: Sanitize
+) -> tuple[dict[str, Source | None], dict[str, frozenset[str]]]:
+    """Run ``sanitize`` on arrays without values, and follow what it does to them.
+
+    Returns:
+        By name of a weight: the bytes that it is, and the names of all tensors it is made of.
+    """
     names, weights = list(checkpoint), list[str]()
     empty = [mx.zeros(checkpoint[n].shape, DTYPES[checkpoint[n].dtype]) for n in names]
 
@@ -142,6 +154,7 @@ def _trace(checkpoint: Checkpoint, sanitize: Sanitize) -> dict[str, Source | Non
         return list(sanitized.values())
 
     sources: dict[str, Source | None] = {}
+    origins: dict[str, frozenset[str]] = {}
     outputs: list[str] = []
 
     def follow(event: dict[str, Any]) -> None:
@@ -150,15 +163,26 @@ def _trace(checkpoint: Checkpoint, sanitize: Sanitize) -> dict[str, Source | Non
                 ids = [name for name, *_ in event["inputs"]]
                 found = [(whole(checkpoint[n]),) for n in names]
                 sources.update(zip(ids, found, strict=True))
+                origins.update(zip(ids, (frozenset([n]) for n in names), strict=True))
             case "outputs":
                 outputs.extend(name for name, *_ in event["outputs"])
             case "constants":
                 constants.update(event["constants"])
             case "primitive":
                 results = rearranged(event, sources, constants)
+                made_of = _union(origins.get(name) for name, *_ in event["inputs"])
                 for (name, *_), source in zip(event["outputs"], results, strict=True):
-                    sources[name] = source
+                    sources[name], origins[name] = source, made_of
 
     constants: dict[str, mx.array] = {}
     mx.export_function(follow, run, *empty)
-    return {name: sources.get(id_) for name, id_ in zip(weights, outputs, strict=True)}
+    ids = dict(zip(weights, outputs, strict=True))
+    return (
+        {name: sources.get(id_) for name, id_ in ids.items()},
+        {name: origins.get(id_, frozenset()) for name, id_ in ids.items()},
+    )
+
+
+def _union(sets: Iterable[frozenset[str] | None]) -> frozenset[str]:
+    found = [s for s in sets if s]
+    return found[0] if len(found) == 1 else frozenset().union(*found)

@@ -1,6 +1,7 @@
 """Composition root: mlx-lm's model, its routed experts left on disk."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from . import plugins
 from .config import StreamConfig
-from .errors import UsageError
+from .errors import BudgetError, UntestedModelWarning, UsageError
 from .hub import resolve
 from .kernels import attention, native, why_not
 from .kernels.dense_switch import needs_dense, use_dense
@@ -30,7 +32,7 @@ from .streaming.plan import (
     floor_bytes,
     share_slots,
 )
-from .streaming.reader import READERS, NativeReader
+from .streaming.reader import NativeReader
 from .streaming.spread import fixed_layers, least_bytes, ring_bytes, spread_layers
 from .streaming.store import ExpertStore, NativeStore, Store
 from .streaming.switch import StreamedSwitch
@@ -91,6 +93,9 @@ def load(
 
     Raises:
         FlashError: If the model is missing, damaged or unknown, or the budget too small.
+
+    Warns:
+        UntestedModelWarning: If no test here compares this model family with mlx-lm.
     """
     config = StreamConfig(
         ram=ram,
@@ -105,6 +110,8 @@ def load(
     )
     folder = resolve(path_or_repo, revision)
     lazy = open_lazily(folder, model_config, adapter_path, trust_remote_code)
+    if lazy.untested:
+        warnings.warn(lazy.untested, UntestedModelWarning, stacklevel=2)
     tokenizer = open_tokenizer(folder, tokenizer_config, trust_remote_code)
     return stream(lazy, config, progress), tokenizer
 
@@ -151,6 +158,25 @@ def make_plan(lazy: LazyModel, knobs: StreamConfig) -> Plan:
     return Plan(ram_bytes, knobs.context, tokens, fixed, layers, wanted, whole, ring)
 
 
+def floor(lazy: LazyModel, knobs: StreamConfig) -> int:
+    """The smallest budget in bytes that ``make_plan`` takes, whatever ``knobs.ram`` says.
+
+    Raises:
+        BudgetError: If it cannot be known: other knobs mean nothing for this model.
+    """
+    step, ram_bytes = min(knobs.prefill_step_size, MIN_PREFILL_TOKENS), 0
+    while True:  # a larger budget has a larger buffer cache, which is part of the floor
+        try:
+            make_plan(lazy, replace(knobs, ram=ram_bytes + 1, prefill_step_size=step))
+        except BudgetError as error:
+            if error.floor_bytes is not None:
+                ram_bytes = max(error.floor_bytes, ram_bytes + 1)
+                continue
+            if not ram_bytes:
+                raise
+        return ram_bytes  # or more than this machine has
+
+
 def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = None) -> StreamedModel:
     """Plan, put slots where experts were, and read what stays.
 
@@ -158,7 +184,8 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
         FlashError: If the budget is too small, or bytes cannot be read.
     """
     extension = _extension(lazy, knobs)
-    pools = extension or _pools(lazy, knobs)
+    # The compiled pool calls no Python: with a policy or reader from outside, Python fetches.
+    pools = None if knobs.from_outside else extension or _pools(lazy, knobs)
     decided = make_plan(lazy, knobs)
     mx.set_cache_limit(_buffer_cache_bytes(decided.ram_bytes))
     paths = sorted({info.span.path for info in lazy.checkpoint.values()})
@@ -169,7 +196,7 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
         reader = pools.Files([str(p) for p in paths], knobs.read_threads, direct)
     else:
         name = "pread" if knobs.reader == "auto" else knobs.reader
-        reader = READERS[name](paths, knobs.read_threads)
+        reader = plugins.open_reader(name, paths, knobs.read_threads)
     try:
         stores = give_slots(lazy, decided, knobs, reader, paths, extension, pools)
         layers = NativeReader(reader, paths) if pools is not None else reader
@@ -188,6 +215,22 @@ def slower_because(knobs: StreamConfig) -> str:
     """Why the compiled kernels will not compute though they should; empty if they may."""
     wanted = knobs.kernels == "auto" and mx.default_device() == mx.cpu
     return why_not() if wanted else ""
+
+
+def who_computes(lazy: LazyModel, knobs: StreamConfig) -> tuple[str, str]:
+    """The kernels that would run, and why they are not the compiled ones; empty if they are.
+
+    Raises:
+        UsageError: If they are asked for and cannot be had.
+    """
+    extension = _extension(lazy, knobs)
+    if extension is not None:
+        return f"native {extension.isa()}", ""
+    if knobs.kernels in ("reference", "graph"):
+        return knobs.kernels, f"--kernels {knobs.kernels}"
+    if mx.default_device() != mx.cpu:
+        return "reference", "the compiled ones are for CPUs, and MLX runs on a GPU here"
+    return "reference", why_not() or "there are none for this model's experts"
 
 
 def _extension(lazy: LazyModel, knobs: StreamConfig) -> ModuleType | None:
@@ -222,11 +265,13 @@ def _swap(lazy: LazyModel, stores: Mapping[str, Store], extension: ModuleType | 
     swapped: list[tuple[str, nn.Module]] = []
     for path, switch in lazy.switches.items():
         store = stores.get(path)
-        if extension is not None:
+        if extension is not None and not isinstance(store, ExpertStore):
             pool = store.pool if isinstance(store, NativeStore) else None
             swapped.append((path, NativeSwitch(switch, extension, pool)))
             continue
-        if needs_dense(switch):
+        if extension is not None:
+            switch = NativeSwitch(switch, extension)
+        elif needs_dense(switch):
             use_dense(switch)
         if isinstance(store, (ExpertStore, NativeStore)):
             swapped.append((path, StreamedSwitch(switch, store)))

@@ -53,6 +53,14 @@ class LazyModel:
     fingerprint: Fingerprint
     tensors: dict[str, list[LayerTensor]]
 
+    @property
+    def untested(self) -> str:
+        """What to say of a family that no test of ours holds to an oracle; empty if one does."""
+        if self.architecture.tested or not self.switches:
+            return ""
+        family = self.config["model_type"]
+        return f"model type {family!r} is untested here: compare its answers with mlx-lm's."
+
 
 def open_tokenizer(
     folder: Path, tokenizer_config: dict[str, Any] | None = None, trust_remote_code: bool = False

@@ -12,12 +12,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from numpy.typing import NDArray
 
+from . import plugins
 from .config import StreamConfig
 from .errors import CheckpointError, brief
 from .machine import rss_bytes
 from .opening import LazyModel
 from .streaming.checkpoint import Span
-from .streaming.eviction import POLICIES
 from .streaming.layers import LayerRing, LayerTensor
 from .streaming.plan import Plan
 from .streaming.reader import NativeReader, Reader
@@ -42,13 +42,14 @@ def give_slots(
 ) -> dict[str, Store]:
     """Put slots where the experts were of every layer that does not fit whole."""
     stores: dict[str, Store] = {}
+    new_policy = plugins.policy(knobs.policy)
     for path, switch in lazy.switches.items():
         if not decided.streams(path):
             continue  # it all fits: no lookup
         spans = _spans(lazy, path, switch)
         slots = _shrink(lazy, switch, decided.slots[path], extension, spans)
         if pools is None:
-            stores[path] = ExpertStore(spans, slots, POLICIES[knobs.policy](), reader)
+            stores[path] = ExpertStore(spans, slots, new_policy(), reader)
             continue
         places = _places(spans, paths)
         stores[path] = NativeStore(pools.ExpertPool(reader, places, slots, knobs.policy))
@@ -143,9 +144,8 @@ def read_residents(
             progress(done, total)
 
     if extension is not None and (whole or layers):
-        files = extension.Files(
-            [str(p) for p in paths], knobs.read_threads, knobs.reader != "pread"
-        )
+        direct = knobs.reader in ("auto", "direct")
+        files = extension.Files([str(p) for p in paths], knobs.read_threads, direct)
         with closing(files):
             for path in whole:
                 _read_experts(lazy, path, files, paths, extension)

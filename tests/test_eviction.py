@@ -1,4 +1,7 @@
-"""The contract of every policy, and each policy against a naive model of its name."""
+"""The contract of every policy, and each policy against a naive model of its name.
+
+Those of installed packages are held to it too.
+"""
 
 from collections import Counter
 
@@ -7,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from patience import PATIENT
 
+from mlx_flash import plugins
 from mlx_flash.streaming.eviction import LFU, LRU, POLICIES, S3FIFO, EvictionPolicy
 
+NAMES = (*POLICIES, *plugins.names(plugins.POLICIES))
 EXPERTS = st.integers(0, 4)
 # A use of an expert, or an eviction with some pinned.
 STEPS = st.lists(EXPERTS | st.sets(EXPERTS, max_size=3), max_size=60)
@@ -39,11 +44,11 @@ class Naive:
 MODELS = {"lru": Naive.lru, "lfu": Naive.lfu}
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", NAMES)
 @settings(PATIENT, max_examples=200)
 @given(steps=STEPS)
 def test_evicts_residents_as_its_model_would(name: str, steps: list[int | set[int]]) -> None:
-    policy, naive = POLICIES[name](), Naive()
+    policy, naive = plugins.policy(name)(), Naive()
     for step in steps:
         if isinstance(step, int):
             (policy.touch if step in naive.resident else policy.insert)(step)
@@ -58,9 +63,9 @@ def test_evicts_residents_as_its_model_would(name: str, steps: list[int | set[in
     assert {policy.evict(set()) for _ in left} == left  # each resident once, and all of them
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_one_that_is_not_pinned(name: str) -> None:
-    policy = POLICIES[name]()
+    policy = plugins.policy(name)()
     for expert in range(5):
         policy.insert(expert)
     for expert in (4, 2, 2, 0):
@@ -193,9 +198,10 @@ def test_s3fifo_keeps_who_comes_back_from_a_scan() -> None:
     assert {3, 7} <= resident and not {3, 7} & lru_resident
 
 
-def test_registry_makes_a_new_policy_each_time() -> None:
-    for make in POLICIES.values():
-        make().insert(1)
-        second = make()
-        second.insert(2)
-        assert second.evict(set()) == 2
+@pytest.mark.parametrize("name", NAMES)
+def test_registry_makes_a_new_policy_each_time(name: str) -> None:
+    make = plugins.policy(name)
+    make().insert(1)
+    second = make()
+    second.insert(2)
+    assert second.evict(set()) == 2

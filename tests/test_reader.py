@@ -1,4 +1,7 @@
-"""The contract of every reader: buffers are full, or an error says what was wrong."""
+"""The contract of every reader: buffers are full, or an error says what was wrong.
+
+Those of installed packages are held to it too.
+"""
 
 import errno
 import gc
@@ -15,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from mlx_flash import plugins
 from mlx_flash.errors import ReadError
 from mlx_flash.kernels import native
 from mlx_flash.streaming import reader as module
@@ -36,12 +40,17 @@ def files(tmp_path: Path) -> list[Path]:
     return paths
 
 
-@pytest.fixture(params=READERS)
-def open_reader(request: pytest.FixtureRequest) -> Iterator[Open]:
+@pytest.fixture(params=[*READERS, *plugins.names(plugins.READERS)])
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def open_reader(name: str) -> Iterator[Open]:
     opened: list[Reader] = []
 
     def open_one(paths: Sequence[Path], threads: int = 4) -> Reader:
-        opened.append(READERS[request.param](paths, threads))
+        opened.append(plugins.open_reader(name, paths, threads))
         return opened[-1]
 
     yield open_one
@@ -50,8 +59,10 @@ def open_reader(request: pytest.FixtureRequest) -> Iterator[Open]:
 
 
 @pytest.fixture
-def preadv(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., int]], None]:
+def preadv(name: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., int]], None]:
     """Puts a function ``(real, fd, buffers, offset) -> n`` in the place of os.preadv."""
+    if name not in READERS:
+        pytest.skip("how it reads is its own affair")
     real = os.preadv
 
     def put(fake: Callable[..., int]) -> None:

@@ -83,10 +83,12 @@ NEMOTRON_H: dict[str, Any] = {
 CONFIGS = {"qwen3_5_moe": QWEN3_5_MOE, "nemotron_h": NEMOTRON_H}
 
 
-def build(config: dict[str, Any], seed: int = 0, dtype: mx.Dtype = mx.float32) -> nn.Module:
+def build(
+    config: dict[str, Any], seed: int = 0, dtype: mx.Dtype = mx.float32, classes: Any = _get_classes
+) -> nn.Module:
     """A random model. Routers get unit-variance logits, so tokens spread over experts."""
     mx.random.seed(seed)
-    model_class, args_class = _get_classes(config)
+    model_class, args_class = classes(config)
     model = model_class(args_class.from_dict(config))
 
     def randomize(path: str, array: mx.array) -> mx.array:

@@ -10,6 +10,7 @@ import typer
 from .bench import bench
 from .cache_prompt import cache_prompt
 from .generate import generate, say_error
+from .inspect import inspect
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +25,7 @@ app = typer.Typer(
 app.command("generate")(generate)
 app.command("cache-prompt")(cache_prompt)
 app.command("bench")(bench)
+app.command("inspect")(inspect)
 
 
 def _say_version(wanted: bool) -> None:

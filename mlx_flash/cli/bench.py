@@ -28,7 +28,7 @@ from . import bench_report as report
 from . import ceilings, progress
 from .bench_report import Row
 from .bench_run import MAX, Job
-from .generate import one_line_errors, say_error
+from .generate import one_line_errors, say_error, say_untested
 from .interrupt import Interrupt
 
 ANY_MACHINE = Machine(1 << 60, 1 << 60, None, None)
@@ -155,6 +155,7 @@ def _prepare(given: SimpleNamespace, caches: tuple[str, ...]) -> _Prepared:
         threads=given.threads,
     )
     lazy = open_lazily(folder)
+    say_untested(lazy)
     facts = {
         "model": given.model or "demo",
         "streams": "experts" if lazy.switches else "layers",

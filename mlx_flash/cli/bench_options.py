@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ..streaming.eviction import POLICIES
+from ..config import policies, readers
 
 BUDGETS = "Budgets   e.g. --ram 4GB,8GB,50%,max"
 RUNS = "Runs   e.g. --tokens 200 --repeats 5 --cold"
@@ -88,12 +88,14 @@ Seed = Annotated[int, typer.Option(min=0, help="Seed of the prompt.", rich_help_
 Policy = Annotated[
     str,
     typer.Option(
-        help=f"Which expert gives up its slot: {', '.join(POLICIES)}.", rich_help_panel=STREAMING
+        help=f"Which expert gives up its slot: {', '.join(policies())}.", rich_help_panel=STREAMING
     ),
 ]
 Reader = Annotated[
     str,
-    typer.Option(help="How bytes come from disk: auto, pread, direct.", rich_help_panel=STREAMING),
+    typer.Option(
+        help=f"How bytes come from disk: {', '.join(readers())}.", rich_help_panel=STREAMING
+    ),
 ]
 ReadThreads = Annotated[
     int,

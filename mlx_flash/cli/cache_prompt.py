@@ -22,7 +22,7 @@ from . import inputs, progress
 from . import options as opt
 from . import prompt as prompts
 from .figures import plan_lines
-from .generate import one_line_errors
+from .generate import one_line_errors, say_untested
 from .interrupt import Interrupt
 
 
@@ -76,6 +76,7 @@ def _run(given: SimpleNamespace) -> None:
         folder = inputs.model_folder(given, None)
         as_generate = {"quantize_activations": False}  # unasked: the same fingerprint
         lazy = open_lazily(folder, as_generate, given.adapter_path, given.trust_remote_code)
+        say_untested(lazy)
         config = {"trust_remote_code": given.trust_remote_code}
         if given.eos_token is not None:
             config["eos_token"] = given.eos_token

@@ -17,7 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..config import StreamConfig
 from ..errors import FlashError, UsageError
 from ..loader import slower_because, stream
-from ..opening import open_lazily
+from ..opening import LazyModel, open_lazily
 from ..streaming.model import StreamedModel
 from . import inputs, progress
 from . import options as opt
@@ -95,6 +95,12 @@ def say_error(text: str) -> None:
     typer.echo(f"mlx-flash: error: {' '.join(text.split())}", err=True)
 
 
+def say_untested(lazy: LazyModel) -> None:
+    """One line, where no test of ours compares the family with mlx-lm."""
+    if lazy.untested:
+        typer.echo(f"mlx-flash: {lazy.untested}", err=True)
+
+
 def run(given: SimpleNamespace) -> None:
     """Load, generate, say what it cost."""
     bars = ExitStack()
@@ -136,6 +142,7 @@ def _load(given: SimpleNamespace, bars: ExitStack) -> _Loaded:
     folder = inputs.model_folder(given, cache)
     config = {"quantize_activations": given.quantize_activations}
     lazy = open_lazily(folder, config, given.adapter_path, given.trust_remote_code)
+    say_untested(lazy)
     inputs.check_fit(given, cache, lazy)
     tokenizer = inputs.tokenizer(given, folder, cache)
     tokens = prompts.encode(tokenizer, given, text, suffix=cache is not None)

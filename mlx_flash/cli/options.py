@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from ..config import policies, readers
+
 MODEL = "Model   e.g. --model mlx-community/Qwen3.5-35B-A3B-4bit --revision main"
 STREAMING = "Streaming   e.g. --ram 8GB --context 16384"
 PROMPT = "Prompt   e.g. --system-prompt 'Answer in French.' 'Where does Mira live?'"
@@ -90,14 +92,15 @@ Context = Annotated[
 Policy = Annotated[
     str,
     typer.Option(
-        help="Which expert gives up its slot: lru, lfu, s3fifo.", rich_help_panel=STREAMING
+        help=f"Which expert gives up its slot: {', '.join(policies())}.",
+        rich_help_panel=STREAMING,
     ),
 ]
 Reader = Annotated[
     str,
     typer.Option(
-        help="How bytes come from disk: pread through the page cache, direct past it, "
-        "auto: direct where there is one.",
+        help="How bytes come from disk: pread through the page cache, direct past it, auto: direct "
+        f"where there is one. There are {', '.join(readers())}.",
         rich_help_panel=STREAMING,
     ),
 ]

@@ -144,12 +144,14 @@ def check_budget(
     floor = fixed.nbytes + slot_bytes
     if ram_bytes >= floor:
         return
-    raise BudgetError(
+    error = BudgetError(
         f"a RAM budget of {size(ram_bytes)} is {size(floor - ram_bytes)} short of the floor, "
         f"{size(floor)}: {size(fixed.process_bytes)} process, {size(fixed.resident_bytes)} "
         f"resident weights, {size(fixed.state_bytes)} context state, "
         f"{size(fixed.scratch_bytes)} scratch, {size(slot_bytes)} {unit}. {remedy}"
     )
+    error.floor_bytes = floor
+    raise error
 
 
 def size(nbytes: float) -> str:

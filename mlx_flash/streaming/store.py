@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from ..errors import PluginError
 from .checkpoint import Span
 from .eviction import EvictionPolicy
 from .reader import Job, Reader
@@ -139,6 +140,7 @@ class ExpertStore:
             ValueError: If there are more of them than slots, or one occurs twice.
             ReadError: If bytes do not arrive. The missing experts stay on disk, no slot
                 is bound to partial bytes, and the store goes on working.
+            PluginError: If the policy gives up an expert that is pinned or not resident.
         """
         pinned = set(experts)
         if len(pinned) < len(experts) or len(pinned) > self.num_slots:
@@ -159,22 +161,31 @@ class ExpertStore:
         return [self._slot_of[e] for e in experts]
 
     def _fetch(self, missing: Sequence[int], pinned: set[int]) -> None:
-        slots = [self._take_slot(pinned) for _ in missing]
+        slots: list[int] = []
         try:
+            for _ in missing:
+                slots.append(self._take_slot(pinned))
             jobs = [job for e, s in zip(missing, slots, strict=True) for job in self._jobs(e, s)]
             self._reader.read_into(jobs)
         except BaseException:
             self._free += slots  # bound only once its bytes are in
             raise
-        for expert, slot in zip(missing, slots, strict=True):
-            self._slot_of[expert] = slot
+        self._slot_of |= zip(missing, slots, strict=True)
+        for expert in missing:
             self._policy.insert(expert)
 
     def _take_slot(self, pinned: set[int]) -> int:
         if self._free:
             return self._free.pop()
+        victim = self._policy.evict(pinned)
+        if victim in pinned or victim not in self._slot_of:
+            why = "this call needs" if victim in pinned else "is not in RAM"
+            raise PluginError(
+                f"the eviction policy gives up expert {victim}, which {why}. Mend it, or choose "
+                "another."
+            )
         self.stats.evictions += 1
-        return self._slot_of.pop(self._policy.evict(pinned))
+        return self._slot_of.pop(victim)
 
     def _jobs(self, expert: int, slot: int) -> Iterator[Job]:
         for name, spans in self._spans.items():
