@@ -3,46 +3,32 @@
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import plugins
+from . import computing, plugins
+from .budget import buffer_cache_bytes, make_plan
 from .config import StreamConfig
-from .errors import BudgetError, UntestedModelWarning, UsageError
+from .errors import UntestedModelWarning
 from .hub import resolve
-from .kernels import attention, native, why_not
 from .kernels.dense_switch import needs_dense, use_dense
-from .kernels.experts import NativeSwitch, supports
-from .machine import Machine, rss_bytes
+from .kernels.experts import NativeSwitch
 from .opening import LazyModel, open_lazily, open_tokenizer
 from .streaming.layers import LayerRing, as_streamed_layer
 from .streaming.model import StreamedModel, as_streamed
 from .streaming.plan import (
-    FixedCosts,
     Plan,
-    check_budget,
-    fixed_slots,
-    floor_bytes,
-    share_slots,
 )
 from .streaming.reader import NativeReader
-from .streaming.spread import fixed_layers, least_bytes, ring_bytes, spread_layers
 from .streaming.store import ExpertStore, NativeStore, Store
 from .streaming.switch import StreamedSwitch
 from .weights import Progress, give_ring, give_slots, read_residents
-
-MIN_PREFILL_TOKENS = 32
-SCRATCH_SHARE = 0.25  # of what experts and scratch have together
-BUFFER_CACHE_BYTES = (32 << 20, 1 << 30)  # from MLX's own default on CPU to enough for a GPU
-BUFFER_CACHE_SHARE = 1 / 64
-OVERHEAD_BYTES = 32 << 20  # stacks of reader threads, fragments of the allocator
 
 
 def load(
@@ -129,65 +115,17 @@ def plan(path_or_repo: str | Path, **knobs: Any) -> Plan:
     return make_plan(open_lazily(resolve(path_or_repo)), StreamConfig(**knobs))
 
 
-def make_plan(lazy: LazyModel, knobs: StreamConfig) -> Plan:
-    """Divide the budget. Measures this process, reads nothing.
-
-    Raises:
-        BudgetError: If the budget is below the floor.
-    """
-    ram_bytes = Machine.probe().budget(knobs.ram)
-    layers, whole = lazy.layers, not lazy.switches
-    need = least_bytes(layers) if whole else floor_bytes(layers)
-    if knobs.slots is not None:
-        wanted = (fixed_layers if whole else fixed_slots)(knobs.slots, layers)
-        need = sum(n * layers[path].nbytes_each for path, n in wanted.items())
-        need += ring_bytes(layers, wanted) if whole else 0
-    resident = sum(a.nbytes for _, a in tree_flatten(lazy.model.parameters()))
-    resident -= sum(e.nbytes for e in layers.values())
-    bare = FixedCosts(
-        process_bytes=rss_bytes(),
-        resident_bytes=resident,
-        state_bytes=lazy.step.state_bytes(knobs.context),
-        scratch_bytes=_buffer_cache_bytes(ram_bytes) + OVERHEAD_BYTES,
-    )
-    tokens, fixed = _prefill(lazy, knobs, bare, ram_bytes - bare.nbytes - need)
-    check_budget(ram_bytes, fixed, need, _remedy(knobs), "layers" if whole else "experts")
-    if knobs.slots is None:
-        wanted = (spread_layers if whole else share_slots)(ram_bytes - fixed.nbytes, layers)
-    ring = ring_bytes(layers, wanted) if whole else 0
-    return Plan(ram_bytes, knobs.context, tokens, fixed, layers, wanted, whole, ring)
-
-
-def floor(lazy: LazyModel, knobs: StreamConfig) -> int:
-    """The smallest budget in bytes that ``make_plan`` takes, whatever ``knobs.ram`` says.
-
-    Raises:
-        BudgetError: If it cannot be known: other knobs mean nothing for this model.
-    """
-    step, ram_bytes = min(knobs.prefill_step_size, MIN_PREFILL_TOKENS), 0
-    while True:  # a larger budget has a larger buffer cache, which is part of the floor
-        try:
-            make_plan(lazy, replace(knobs, ram=ram_bytes + 1, prefill_step_size=step))
-        except BudgetError as error:
-            if error.floor_bytes is not None:
-                ram_bytes = max(error.floor_bytes, ram_bytes + 1)
-                continue
-            if not ram_bytes:
-                raise
-        return ram_bytes  # or more than this machine has
-
-
 def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = None) -> StreamedModel:
     """Plan, put slots where experts were, and read what stays.
 
     Raises:
         FlashError: If the budget is too small, or bytes cannot be read.
     """
-    extension = _extension(lazy, knobs)
+    extension = computing.extension(lazy, knobs)
     # The compiled pool calls no Python: with a policy or reader from outside, Python fetches.
-    pools = None if knobs.from_outside else extension or _pools(lazy, knobs)
+    pools = None if knobs.from_outside else extension or computing.pools(lazy, knobs)
     decided = make_plan(lazy, knobs)
-    mx.set_cache_limit(_buffer_cache_bytes(decided.ram_bytes))
+    mx.set_cache_limit(buffer_cache_bytes(decided.ram_bytes))
     paths = sorted({info.span.path for info in lazy.checkpoint.values()})
     if extension is not None:
         extension.set_threads(knobs.threads or os.cpu_count() or 1)
@@ -209,55 +147,6 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
         reader.close()
         raise
     return as_streamed(lazy.model, decided, reader, tuple(stores.values()), ring)
-
-
-def slower_because(knobs: StreamConfig) -> str:
-    """Why the compiled kernels will not compute though they should; empty if they may."""
-    wanted = knobs.kernels == "auto" and mx.default_device() == mx.cpu
-    return why_not() if wanted else ""
-
-
-def who_computes(lazy: LazyModel, knobs: StreamConfig) -> tuple[str, str]:
-    """The kernels that would run, and why they are not the compiled ones; empty if they are.
-
-    Raises:
-        UsageError: If they are asked for and cannot be had.
-    """
-    extension = _extension(lazy, knobs)
-    if extension is not None:
-        return f"native {extension.isa()}", ""
-    if knobs.kernels in ("reference", "graph"):
-        return knobs.kernels, f"--kernels {knobs.kernels}"
-    if mx.default_device() != mx.cpu:
-        return "reference", "the compiled ones are for CPUs, and MLX runs on a GPU here"
-    return "reference", why_not() or "there are none for this model's experts"
-
-
-def _extension(lazy: LazyModel, knobs: StreamConfig) -> ModuleType | None:
-    """The compiled kernels, if they are to compute this model."""
-    if knobs.kernels in ("reference", "graph"):
-        return None
-    if knobs.kernels == "native" and native() is None:
-        raise UsageError(f"--kernels native: {why_not()}.")
-    fits = mx.default_device() == mx.cpu and all(map(supports, lazy.switches.values()))
-    if fits and native() is not None:
-        return native()
-    if knobs.kernels == "native":
-        raise UsageError("--kernels native: none for this device or for this model's experts.")
-    if knobs.reader == "direct":
-        raise UsageError(f"--reader direct comes with the native kernels: {why_not()}.")
-    return None
-
-
-def _pools(lazy: LazyModel, knobs: StreamConfig) -> ModuleType | None:
-    """The compiled extension, if it only fetches and MLX computes."""
-    if knobs.kernels != "graph":
-        return None
-    if native() is None:
-        raise UsageError(f"--kernels graph: {why_not()}.")
-    if any(map(needs_dense, lazy.switches.values())):
-        raise UsageError("--kernels graph: MLX cannot compute these experts on this device.")
-    return native()
 
 
 def _swap(lazy: LazyModel, stores: Mapping[str, Store], extension: ModuleType | None) -> None:
@@ -287,31 +176,3 @@ def _take_turns(lazy: LazyModel, decided: Plan, ring: LayerRing) -> None:
     for turn, path in enumerate(streamed):
         as_streamed_layer(modules[path], ring, turn)
     ring.begin()
-
-
-def _prefill(
-    lazy: LazyModel, knobs: StreamConfig, bare: FixedCosts, left: int
-) -> tuple[int, FixedCosts]:
-    """The largest prompt chunk whose scratch leaves most of the budget to experts."""
-    tokens = min(knobs.prefill_step_size, max(knobs.context, 1))
-    fused = _extension(lazy, knobs) is not None and attention.covers(lazy.model)
-    while True:
-        scratch = lazy.architecture.scratch_bytes(
-            lazy.model, lazy.config, lazy.step, tokens, knobs.context, fused
-        )
-        if tokens <= MIN_PREFILL_TOKENS or scratch <= left * SCRATCH_SHARE:
-            return tokens, replace(bare, scratch_bytes=bare.scratch_bytes + scratch)
-        tokens = max(MIN_PREFILL_TOKENS, tokens // 2)
-
-
-def _buffer_cache_bytes(ram_bytes: int) -> int:
-    least, most = BUFFER_CACHE_BYTES
-    return min(max(int(ram_bytes * BUFFER_CACHE_SHARE), least), most)
-
-
-def _remedy(knobs: StreamConfig) -> str:
-    ways = ["raise --ram"]
-    if knobs.slots is not None:
-        ways.append("lower --slots")
-    ways.append(f"lower --context (now {knobs.context})")
-    return f"{', '.join(ways[:-1])} or {ways[-1]}.".capitalize()

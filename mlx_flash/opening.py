@@ -56,7 +56,7 @@ class LazyModel:
     @property
     def untested(self) -> str:
         """What to say of a family that no test of ours holds to an oracle; empty if one does."""
-        if self.architecture.tested or not self.switches:
+        if self.architecture.tested:
             return ""
         family = self.config["model_type"]
         return f"model type {family!r} is untested here: compare its answers with mlx-lm's."

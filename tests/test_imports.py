@@ -27,6 +27,8 @@ FORBIDDEN = {
     "dense.py": {"architectures", "kernels", "opening", "loader", "hub", "cli", "demo"},
     "opening.py": {"kernels", "loader", "cli", "demo"},
     "weights.py": {"loader", "cli", "demo", "hub", "kernels"},
+    "computing.py": {"loader", "budget", "weights", "cli", "demo", "hub"},
+    "budget.py": {"loader", "weights", "cli", "demo", "hub"},
     "loader.py": {"cli", "demo"},
 }
 

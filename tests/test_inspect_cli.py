@@ -110,7 +110,7 @@ def test_a_model_without_experts(tmp_path):
     wide = FAMILIES["llama"].config | {"intermediate_size": 512}  # worth streaming
     folder = tiny.write(tmp_path / "llama", config=wide)
     said = facts(folder)
-    assert said["tested"] is None
+    assert said["tested"] is True
     assert (said["experts"]["bytes"], said["experts"]["bytes_per_token"]) == (0, 0)
     assert said["experts"]["layers"] == []
     assert said["layers"] == {"attention": len(said["plan"]["slots"])}

@@ -9,9 +9,10 @@ import typer
 from mlx_lm.models.cache import make_prompt_cache
 
 from .. import demo, prompt_file
+from ..computing import slower_because
 from ..config import StreamConfig
 from ..errors import FlashError, UsageError
-from ..loader import slower_because, stream
+from ..loader import stream
 from ..machine import peak_rss_bytes
 from ..opening import LazyModel, open_lazily, open_tokenizer
 from ..prompt_file import Origin

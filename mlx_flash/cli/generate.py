@@ -14,9 +14,10 @@ import typer
 from mlx_lm.generate import stream_generate
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..computing import slower_because
 from ..config import StreamConfig
 from ..errors import FlashError, UsageError
-from ..loader import slower_because, stream
+from ..loader import stream
 from ..opening import LazyModel, open_lazily
 from ..streaming.model import StreamedModel
 from . import inputs, progress

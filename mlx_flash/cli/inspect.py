@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 
 from ..anatomy import Anatomy, Part, anatomy, as_json
+from ..budget import floor, make_plan
+from ..computing import who_computes
 from ..config import StreamConfig
 from ..errors import BudgetError
-from ..loader import floor, make_plan, who_computes
 from ..machine import Machine
 from ..opening import LazyModel, open_lazily
 from ..streaming.plan import LayerExperts, Plan, floor_bytes, size
@@ -94,11 +95,6 @@ class _Found:
         return sum(path.stat().st_size for path in self.files)
 
     @property
-    def tested(self) -> bool | None:
-        """None of a model without experts, whose layers stream whatever they compute."""
-        return self.lazy.architecture.tested if self.lazy.switches else None
-
-    @property
     def token_bytes(self) -> int:
         """Of routed experts, that one token reads at most."""
         return floor_bytes({path: self.lazy.layers[path] for path in self.lazy.switches})
@@ -134,7 +130,7 @@ def _facts(found: _Found) -> dict[str, Any]:
         "model": found.name,
         "model_type": lazy.config["model_type"],
         "class": _class(lazy),
-        "tested": found.tested,
+        "tested": found.lazy.architecture.tested,
         "checkpoint": {
             "layout": "mlx" if made_of.in_mlx_layout else "huggingface",
             "streams": not made_of.conversion,
@@ -178,7 +174,7 @@ def _plan_facts(plan: Plan) -> dict[str, Any]:
 def _lines(found: _Found) -> list[str]:
     """The same for people, a topic a line."""
     lazy, made_of = found.lazy, found.made_of
-    tested = {True: "tested", False: "untested", None: "without experts"}[found.tested]
+    tested = "tested" if lazy.architecture.tested else "untested"
     files = "1 file" if len(found.files) == 1 else f"{len(found.files)} files"
     runs, why_not = found.kernels
     lines = [
