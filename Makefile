@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
+TWO := --numprocesses 2 --dist loadfile
 BOTH_WAYS := exactness generate_cli interrupt stress store
 
 .PHONY: generate test oracle lint clean
@@ -15,8 +16,8 @@ generate: $(READY)
 
 # Both ways: with the native kernels, and the suites that exercise them once more without.
 test: $(READY) lint
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --reference $(addprefix tests/test_,$(BOTH_WAYS:=.py))
+	$(BIN)/python -m pytest $(TWO)
+	$(BIN)/python -m pytest $(TWO) --reference $(addprefix tests/test_,$(BOTH_WAYS:=.py))
 
 # Beside the environment, not in it: transformers imports PyTorch wherever it finds it, which would
 # cost every other test five seconds and 200 MB.

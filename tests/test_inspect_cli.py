@@ -12,7 +12,7 @@ from families import FAMILIES
 from mlx.utils import tree_flatten
 
 import mlx_flash
-from mlx_flash import loader
+from mlx_flash import computing
 from mlx_flash.anatomy import anatomy
 from mlx_flash.kernels import native
 from mlx_flash.opening import open_lazily
@@ -259,8 +259,8 @@ def test_who_computes_and_why(checkpoints, kernels):
 
 
 def test_without_the_compiled_kernels_it_says_why(checkpoints, monkeypatch):
-    monkeypatch.setattr(loader, "native", lambda: None)
-    monkeypatch.setattr(loader, "why_not", lambda: "they were not built")
+    monkeypatch.setattr(computing, "native", lambda: None)
+    monkeypatch.setattr(computing, "why_not", lambda: "they were not built")
     said = facts(checkpoints("qwen3_5_moe-4bit"))["kernels"]
     assert said == {"run": "reference", "why_not_native": "they were not built"}
     lines = door.run("inspect", checkpoints("qwen3_5_moe-4bit")).out

@@ -1,5 +1,6 @@
 """The wheel that `pip install .` builds: small, whole, and bringing the right MLX."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -13,21 +14,29 @@ ROOT = Path(__file__).parent.parent
 MAX_WHEEL_BYTES = 20e6
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    out = tmp_path_factory.mktemp("wheel")
+def built(out, **environment):
+    """The wheel that pip makes of this folder."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", out]
-    subprocess.run([*command, ROOT], check=True, capture_output=True)
+    env = {**os.environ, **environment}
+    subprocess.run([*command, ROOT], check=True, capture_output=True, env=env)
     (path,) = out.glob("mlx_flash-*.whl")
     return path
 
 
-def test_wheel_is_small_and_carries_the_demo_model(wheel):
+# Compiling takes minutes; without a compiler the wheel is the same but for the kernels.
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["pure", "compiled"]
+)
+def test_wheel_is_small_and_carries_the_demo_model(tmp_path, compiled):
+    nothing = {} if compiled else {"CXX": "/bin/false", "CC": "/bin/false"}
+    wheel = built(tmp_path, **nothing)
     assert wheel.stat().st_size <= MAX_WHEEL_BYTES
     names = zipfile.ZipFile(wheel).namelist()
     tracked = {p.relative_to(ROOT) for p in (ROOT / "mlx_flash").rglob("*") if p.is_file()}
     expected = {str(p) for p in tracked if "__pycache__" not in p.parts}
-    assert expected <= set(names)
+    kernels = {name for name in expected if name.startswith("mlx_flash/_native.c")}
+    assert expected - kernels <= set(names)
+    assert any(n.startswith("mlx_flash/_native.c") for n in names) == compiled
     assert "mlx_flash/demo/model.safetensors" in names
     assert not [n for n in names if n.startswith(("tests/", "examples/", "benchmarks/"))]
 
