@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 from . import plugins
 from .config import StreamConfig
-from .errors import CheckpointError, brief
+from .errors import CheckpointError, UnsupportedModelError, brief
 from .machine import rss_bytes
 from .opening import LazyModel
 from .streaming.checkpoint import Span
 from .streaming.layers import LayerRing, LayerTensor
-from .streaming.plan import Plan
+from .streaming.plan import Plan, size
 from .streaming.reader import NativeReader, Reader
 from .streaming.store import ExpertStore, NativeStore, Store
 
@@ -28,6 +28,7 @@ Progress = Callable[[int, int], None]
 
 PAGE_BYTES = 4096
 HUGE_PAGE_BYTES = 2 << 20
+MOST_LAYER_BYTES = 2_000_000_000  # MLX counts the elements of an axis in 31 bits
 SPARE_BYTES = 32 << 20  # of the budget, while an array is moved
 
 
@@ -63,6 +64,13 @@ def give_ring(
     layers = [found for path, found in lazy.tensors.items() if decided.streams(path)]
     if not layers:
         return None
+    largest = max(sum(t.span.nbytes for t in found) for found in layers)
+    if largest > MOST_LAYER_BYTES:
+        raise UnsupportedModelError(
+            f"{lazy.checkpoint.folder}: a layer of {size(largest)} is more than the "
+            f"{size(MOST_LAYER_BYTES)} that can stream in one piece. Quantize the model with "
+            "mlx_lm.convert, or raise --ram until all of it fits."
+        )
 
     def empty(nbytes: int) -> mx.array:
         memory: mx.array

@@ -20,8 +20,8 @@ from mlx_lm.generate import batch_generate, generate_step
 from mlx_lm.models.cache import ArraysCache
 
 import mlx_flash
-from mlx_flash import dense
-from mlx_flash.errors import BudgetError, ReadError
+from mlx_flash import dense, weights
+from mlx_flash.errors import BudgetError, ReadError, UnsupportedModelError
 from mlx_flash.kernels import native
 from mlx_flash.streaming.checkpoint import Span
 from mlx_flash.streaming.layers import LayerRing, LayerTensor, StreamedLayer, as_streamed_layer
@@ -135,6 +135,13 @@ def test_the_raw_layout_of_hugging_face_streams(tmp_path):
         whole, streamed = load(folder, slots=100), load(folder, slots=0)
         assert streamed.ring is not None
         assert same(decode(streamed), decode(whole))
+
+
+def test_a_layer_larger_than_a_buffer_is_refused(folders, monkeypatch):
+    monkeypatch.setattr(weights, "MOST_LAYER_BYTES", 1000)
+    with pytest.raises(UnsupportedModelError, match=r"a layer of .* KB is more than the 1.00 KB"):
+        load(folders("llama"), slots=2)
+    assert load(folders("llama"), slots=1000).ring is None
 
 
 def test_batches(folders):
