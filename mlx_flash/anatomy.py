@@ -211,17 +211,16 @@ def _format(module: Any, name: str, array: mx.array) -> Format:
 
 def _reads(lazy: LazyModel) -> tuple[str, str]:
     """How experts lie on disk, and the command that helps where they do not."""
-    found = "whole"
-    for path, switch in lazy.switches.items():
-        for name, array in lazy.architecture.parameters(switch).items():
-            count = array.shape[0]
-            try:
-                spans = lazy.layout.rows(f"{path}.{name}", count, array.nbytes // count)
-            except CheckpointError:
-                return "", lazy.layout.conversion
-            if any(span.is_strided for span in spans):
-                found = "strided"
-    return found, ""
+    try:
+        found = [
+            span
+            for path in lazy.switches
+            for spans in lazy.expert_spans(path).values()
+            for span in spans
+        ]
+    except CheckpointError:
+        return "", lazy.layout.conversion
+    return "strided" if any(span.is_strided for span in found) else "whole", ""
 
 
 def _unused(lazy: LazyModel, names: Iterable[str]) -> list[str]:

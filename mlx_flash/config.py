@@ -68,6 +68,11 @@ class StreamConfig:
                 raise UsageError(f"{name} {value} leaves nothing. Ask for 1 or more.")
 
     @property
+    def reads_directly(self) -> bool:
+        """Whether the compiled reader goes past the page cache."""
+        return self.reader in ("auto", "direct")
+
+    @property
     def from_outside(self) -> str:
         """What an installed package brings, so that Python has to fetch; empty if nothing."""
         given = (("policy", self.policy, POLICIES), ("reader", self.reader, READERS_BY_NAME))

@@ -130,8 +130,7 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
     if extension is not None:
         extension.set_threads(knobs.threads or os.cpu_count() or 1)
     if pools is not None:
-        direct = knobs.reader != "pread"
-        reader = pools.Files([str(p) for p in paths], knobs.read_threads, direct)
+        reader = pools.Files([str(p) for p in paths], knobs.read_threads, knobs.reads_directly)
     else:
         name = "pread" if knobs.reader == "auto" else knobs.reader
         reader = plugins.open_reader(name, paths, knobs.read_threads)

@@ -24,7 +24,7 @@ from .errors import (
 from .fingerprint import Fingerprint
 from .layout import Layout
 from .step import Step, one_token
-from .streaming.checkpoint import Checkpoint, read_json
+from .streaming.checkpoint import Checkpoint, Span, read_json
 from .streaming.layers import LayerTensor
 from .streaming.plan import LayerExperts
 from .streaming.spread import whole_layer
@@ -52,6 +52,18 @@ class LazyModel:
     layers: dict[str, LayerExperts]
     fingerprint: Fingerprint
     tensors: dict[str, list[LayerTensor]]
+
+    def expert_spans(self, path: str) -> dict[str, list[Span]]:
+        """Where the experts of a switch layer lie, by parameter: what fills a slot of each.
+
+        Raises:
+            CheckpointError: If an expert is not stored as the model computes with it.
+        """
+        parameters = self.architecture.parameters(self.switches[path])
+        return {
+            name: self.layout.rows(f"{path}.{name}", array.shape[0], array.nbytes // array.shape[0])
+            for name, array in parameters.items()
+        }
 
     @property
     def untested(self) -> str:

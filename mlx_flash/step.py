@@ -85,22 +85,24 @@ class _Witness(nn.Module):
 
 def one_token_caches(model: nn.Module) -> list[Any]:
     """The prompt cache after one token: kinds and shapes, for whoever lets go of it at once."""
-    caches: list[Any] = kv.make_prompt_cache(model)
-    model(mx.zeros((1, 1), mx.int32), cache=caches)
-    return caches
+    return _built(model)[0]
 
 
 def one_token(model: nn.Module, switches: Mapping[str, nn.Module]) -> Step:
     """Build the graph of one token, with someone watching at every switch layer."""
     witnesses = {path: _Witness(switch) for path, switch in switches.items()}
-    caches: list[Any] = kv.make_prompt_cache(model)
     _put(model, witnesses)
     try:
-        logits = model(mx.zeros((1, 1), mx.int32), cache=caches)
+        caches, logits = _built(model)
     finally:
         _put(model, switches)
     calls = {path: w._call for path, w in witnesses.items() if w._call is not None}
     return Step(tuple(_sizes(caches)), logits.shape[-1], calls)
+
+
+def _built(model: nn.Module) -> tuple[list[Any], mx.array]:
+    caches: list[Any] = kv.make_prompt_cache(model)
+    return caches, model(mx.zeros((1, 1), mx.int32), cache=caches)
 
 
 def _put(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:

@@ -210,7 +210,6 @@ def _one(view: View | None) -> Source | None:
 Move = Callable[[Source, Any, Any, Any], list[Source | None]]
 
 MOVES: dict[str, Move] = {
-    "Contiguous": _same,
     "Copy": _same,
     "StopGradient": _same,
     "ExpandDims": _reshape,

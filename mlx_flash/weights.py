@@ -47,7 +47,7 @@ def give_slots(
     for path, switch in lazy.switches.items():
         if not decided.streams(path):
             continue  # it all fits: no lookup
-        spans = _spans(lazy, path, switch)
+        spans = lazy.expert_spans(path)
         slots = _shrink(lazy, switch, decided.slots[path], extension, spans)
         if pools is None:
             stores[path] = ExpertStore(spans, slots, new_policy(), reader)
@@ -93,15 +93,6 @@ def _places(
         name: [(numbers[s.path], s.offset, s.nbytes, s.piece, s.stride) for s in found]
         for name, found in spans.items()
     }
-
-
-def _spans(lazy: LazyModel, path: str, switch: nn.Module) -> dict[str, list[Span]]:
-    """Where the experts of one layer lie, each checked against the slot it must fill."""
-    spans = {}
-    for name, array in lazy.architecture.parameters(switch).items():
-        count = array.shape[0]
-        spans[name] = lazy.layout.rows(f"{path}.{name}", count, array.nbytes // count)
-    return spans
 
 
 def _shrink(
@@ -152,8 +143,7 @@ def read_residents(
             progress(done, total)
 
     if extension is not None and (whole or layers):
-        direct = knobs.reader in ("auto", "direct")
-        files = extension.Files([str(p) for p in paths], knobs.read_threads, direct)
+        files = extension.Files([str(p) for p in paths], knobs.read_threads, knobs.reads_directly)
         with closing(files):
             for path in whole:
                 _read_experts(lazy, path, files, paths, extension)
@@ -182,7 +172,7 @@ def _read_experts(
 ) -> None:
     """Read all experts of a layer, each into the slot of its number."""
     switch, everyone = lazy.switches[path], list(range(lazy.layers[path].count))
-    spans = _spans(lazy, path, switch)
+    spans = lazy.expert_spans(path)
     slots = _shrink(lazy, switch, len(everyone), extension, spans)
     if extension.ExpertPool(files, _places(spans, paths), slots, "lru").place(everyone) != everyone:
         raise AssertionError("a new pool gives its slots in order")

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 import tiny
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load_model, quantize_model, save_model
+from mlx_lm.utils import load_model
 
 PROMPT, DECODE = 64, 32
 
@@ -79,20 +79,7 @@ def write_hf(family: Family, folder: Path) -> Path:
 
 def write_mlx(hf: Path, folder: Path, quantization: dict[str, Any] | None = None) -> Path:
     """The same checkpoint as `mlx_lm.convert` writes it."""
-    model, config = load_model(hf, lazy=True)
-    if quantization is not None:
-        model, config = quantize_model(
-            model,
-            config,
-            quantization["group_size"],
-            quantization["bits"],
-            mode=quantization.get("mode", "affine"),
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    save_model(folder, model)
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    tiny.write_tokenizer(folder)
-    return folder
+    return tiny.save(folder, *load_model(hf, lazy=True), quantization)
 
 
 def prompt(seed: int = 0, length: int = PROMPT) -> list[int]:

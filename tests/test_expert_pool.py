@@ -150,7 +150,7 @@ def python_store(layer: Layer, policy: str, slots: int = SLOTS) -> ExpertStore:
 
 
 def residents(store: ExpertStore) -> list[int]:
-    return [expert for expert in range(EXPERTS) if expert in store]
+    return sorted(store.resident())
 
 
 def said(call: Callable[[], object]) -> tuple[str, int | None, object]:

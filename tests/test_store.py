@@ -76,7 +76,7 @@ def reader(request: pytest.FixtureRequest, layer: Layer) -> Iterator[Reader]:
 
 
 def residents(store: ExpertStore) -> set[int]:
-    return {expert for expert in range(EXPERTS) if expert in store}
+    return set(store.resident())
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -115,7 +115,16 @@ def write(
 ) -> Path:
     """A checkpoint in MLX layout: config, weights, tokenizer, chat template."""
     config = json.loads(json.dumps(config or CONFIGS[family]))
-    model = build(config, seed, dtype)
+    return save(folder, build(config, seed, dtype), config, quantization)
+
+
+def save(
+    folder: Path,
+    model: nn.Module,
+    config: dict[str, Any],
+    quantization: dict[str, Any] | None = None,
+) -> Path:
+    """A model in MLX layout, as `mlx_lm.convert` writes it, with the tiny tokenizer."""
     if quantization is not None:
         model, config = quantize_model(
             model,

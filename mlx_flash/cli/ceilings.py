@@ -149,11 +149,7 @@ def _layer_spans(lazy: LazyModel, path: str) -> list[list[Span]]:
     """Per parameter of a layer, where each expert's bytes lie, or those of the whole layer."""
     if path in lazy.tensors:
         return [[tensor.span] for tensor in lazy.tensors[path]]
-    parameters = lazy.architecture.parameters(lazy.switches[path])
-    return [
-        lazy.layout.rows(f"{path}.{name}", array.shape[0], array.nbytes // array.shape[0])
-        for name, array in parameters.items()
-    ]
+    return list(lazy.expert_spans(path).values())
 
 
 @contextmanager

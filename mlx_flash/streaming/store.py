@@ -121,9 +121,6 @@ class ExpertStore:
         # Unified memory: bytes written here are the bytes the kernel reads.
         self._rows = {name: _host_rows(array) for name, array in slots.items()}
 
-    def __contains__(self, expert: int) -> bool:
-        return expert in self._slot_of
-
     def resident(self) -> list[int]:
         """The experts that are in slots."""
         return list(self._slot_of)
