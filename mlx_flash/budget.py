@@ -8,7 +8,7 @@ from .computing import extension
 from .config import StreamConfig
 from .errors import BudgetError
 from .kernels import attention
-from .machine import Machine, rss_bytes
+from .machine import Machine, give_back_free_memory, rss_bytes
 from .opening import LazyModel
 from .streaming.plan import (
     FixedCosts,
@@ -42,6 +42,7 @@ def make_plan(lazy: LazyModel, knobs: StreamConfig) -> Plan:
         need += ring_bytes(layers, wanted) if whole else 0
     resident = sum(a.nbytes for _, a in tree_flatten(lazy.model.parameters()))
     resident -= sum(e.nbytes for e in layers.values())
+    give_back_free_memory()
     bare = FixedCosts(
         process_bytes=rss_bytes(),
         resident_bytes=resident,

@@ -1,5 +1,6 @@
 """Budgets that people write, limits that machines have."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -177,6 +178,7 @@ def memory_group() -> Iterator[Path]:
 @pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
 def test_auto_honours_a_real_control_group(memory_group: Path) -> None:
     code = f"""
+import ctypes
 import os
 from pathlib import Path
 Path({str(memory_group / "cgroup.procs")!r}).write_text(str(os.getpid()))
@@ -225,3 +227,19 @@ def test_the_peak_is_not_the_parent_s() -> None:
     ballast = bytearray(b"x") * (500 << 20)
     peak = int(run("from mlx_flash.machine import peak_rss_bytes; print(peak_rss_bytes())"))
     assert peak < len(ballast)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="SKIPPED LOUDLY: glibc only")
+def test_freed_memory_goes_back_to_the_system():
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    blocks = [libc.malloc(1000) for _ in range(64_000)]
+    for address in blocks:
+        ctypes.memset(address, 1, 1000)
+    for address in blocks[:-1]:  # the last one keeps the heap from shrinking by itself
+        libc.free(address)
+    before = machine.rss_bytes()
+    machine.give_back_free_memory()
+    assert before - machine.rss_bytes() > 48e6
+    libc.free(blocks[-1])
