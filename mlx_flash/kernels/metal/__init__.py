@@ -1,0 +1,88 @@
+"""Metal kernels for decoding: one file of ``custom_kernels/metal`` each, and its door here.
+
+No Mac has run them yet. ``tests/metal`` runs the source that MLX generates from them on a CPU.
+Until ``mlx-flash selftest`` has shown them right and faster on a Mac, MLX's own operations are
+the default there and ``--kernels metal`` opts in.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+SIMD = 32
+"""Lanes of a simdgroup, on every Apple GPU."""
+
+Template = Sequence[tuple[str, bool | int | mx.Dtype]]
+
+
+class Kernel:
+    """A kernel body of ``custom_kernels/metal`` and how MLX launches it.
+
+    Args:
+        name: The file without ``.metal``, and the function's name.
+        inputs: Names that the body uses for its inputs, in the order of a call.
+        outputs: Those of its outputs.
+        headers: Files without ``.h`` beside it that the body needs, in order.
+    """
+
+    def __init__(
+        self, name: str, inputs: Sequence[str], outputs: Sequence[str], headers: Sequence[str] = ()
+    ):
+        self.name = name
+        self.inputs = tuple(inputs)
+        self.outputs = tuple(outputs)
+        self.headers = tuple(headers)
+
+    def __call__(
+        self,
+        *inputs: mx.array | float,
+        template: Template,
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        outputs: Sequence[tuple[Sequence[int], mx.Dtype]],
+    ) -> list[mx.array]:
+        """Put a launch into MLX's graph.
+
+        Args:
+            *inputs: Contiguous arrays, and numbers, which the body sees as float or int.
+            template: Names that the body uses for types and integers, and what they are.
+            grid: Threads, not groups, in x, y and z.
+            threadgroup: Threads of a group in x, y and z.
+            outputs: Shape and dtype of each output.
+
+        Returns:
+            The outputs.
+        """
+        launch = _built(mx.fast.metal_kernel, self)
+        made: list[mx.array] = launch(
+            inputs=list(inputs),
+            template=list(template),
+            grid=grid,
+            threadgroup=threadgroup,
+            output_shapes=[tuple(shape) for shape, _ in outputs],
+            output_dtypes=[dtype for _, dtype in outputs],
+        )
+        return made
+
+
+def sources() -> Path:
+    """The folder of kernel bodies: in an installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[2]
+    installed = package / "custom_kernels" / "metal"
+    return installed if installed.is_dir() else package.parent / "custom_kernels" / "metal"
+
+
+@functools.cache
+def _built(make: Callable[..., Any], kernel: Kernel) -> Any:
+    # ``make`` is part of the key: a test may stand in for Metal.
+    folder = sources()
+    return make(
+        name=kernel.name,
+        input_names=list(kernel.inputs),
+        output_names=list(kernel.outputs),
+        source=(folder / f"{kernel.name}.metal").read_text(),
+        header="".join((folder / f"{name}.h").read_text() for name in kernel.headers),
+    )
