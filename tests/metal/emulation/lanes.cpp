@@ -420,7 +420,8 @@ void check(const char* address, size_t bytes, bool reads, bool writes, bool atom
       cell.write_clock[1] = lane.simd_clock[kind];
     } else {
       bool elsewhere = cell.reader != 0 && cell.read_group != machine->group;
-      bool same_time = cell.reader != 0 && cell.read_clock[0] == lane.group_clock[kind];
+      bool same_time = cell.reader != 0 && cell.read_clock[0] == lane.group_clock[kind] &&
+          (cell.read_simdgroup != simdgroup || cell.read_clock[1] == lane.simd_clock[kind]);
       bool many = elsewhere || (same_time && cell.reader != self);
       cell.read_simdgroup = many && cell.read_simdgroup != simdgroup ? kMany : simdgroup;
       cell.read_group = elsewhere ? kMany : machine->group;
@@ -566,13 +567,15 @@ __attribute__((visibility("default"))) const char* lanes_launch(
       mmap(nullptr, stacks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
            -1, 0));
   Three threads{grid[0], grid[1], grid[2]}, per{group[0], group[1], group[2]};
-  Three groups{
-      (threads.x + per.x - 1) / per.x, (threads.y + per.y - 1) / per.y,
-      (threads.z + per.z - 1) / per.z};
+  Three groups{};
   uint64_t all = uint64_t(per.x) * per.y * per.z;
   if (all == 0 || all > kMaxThreads) {
     fault_outside("a threadgroup of %u x %u x %u threads; 1 to 1024 are possible", per.x, per.y,
                   per.z);
+  } else {
+    groups = {
+        (threads.x + per.x - 1) / per.x, (threads.y + per.y - 1) / per.y,
+        (threads.z + per.z - 1) / per.z};
   }
   for (uint32_t gz = 0; gz < groups.z; ++gz) {
     for (uint32_t gy = 0; gy < groups.y; ++gy) {
