@@ -136,9 +136,14 @@ def test_mlx_lm_kernels_are_clean() -> None:
         assert all(mx.array_equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-@pytest.mark.parametrize("number", range(len(our_kernels.CASES)), ids=our_kernels.NAMES)
 @pytest.mark.parametrize(
-    "dtype", [mx.bfloat16, pytest.param(mx.float32, marks=pytest.mark.slow)], ids=str
+    ("number", "dtype"),
+    [
+        pytest.param(n, dtype, id=f"{name} {dtype}", marks=[] if short else [pytest.mark.slow])
+        for n, name in enumerate(our_kernels.NAMES)
+        for dtype in (mx.bfloat16, mx.float32)
+        for short in [name in our_kernels.SHORT and dtype == mx.bfloat16]
+    ],
 )
 def test_our_kernels_are_clean(
     number: int, dtype: mx.Dtype, metal: Any, monkeypatch: pytest.MonkeyPatch
