@@ -256,6 +256,16 @@ def test_a_threadgroup_has_1_to_1024_threads(group: tuple[int, int, int]) -> Non
         )  # fmt: skip
 
 
+@pytest.mark.usefixtures("metal")
+def test_a_variable_that_nobody_set_is_not_zero() -> None:
+    body = "float sum[4]; for (int k = 0; k < 4; k++) { sum[k] += k; } y[0] = sum[0] + sum[3];"
+    (y,) = mx.fast.metal_kernel("unset", [], ["y"], body)(
+        inputs=[], output_shapes=[(1,)], output_dtypes=[mx.float32], grid=(1, 1, 1),
+        threadgroup=(1, 1, 1),
+    )  # fmt: skip
+    assert not abs(y.item()) < 1e30
+
+
 # Atomics ------------------------------------------------------------------------------------------
 
 ATOMICS = """
