@@ -72,6 +72,12 @@ CASES = [
         "y[i] = (*(const device float4*)(x + i / 4 * 4)).w;",
     ),
     (
+        "a word that ends behind an input",
+        "out of range: read of 8 bytes at byte 252 of x, which has 256",
+        "y[i] = *(const device ulong*)(x + i) & 1;",
+        "y[i] = *(const device ulong*)(x + i / 2 * 2) & 1;",
+    ),
+    (
         "a read through no buffer",
         "out of range: read of 4 bytes in no buffer",
         "y[i] = x[1 << 28];",
