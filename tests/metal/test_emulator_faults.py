@@ -42,6 +42,20 @@ CASES = [
         "float v = x[i]; if (t < 32) { v = simd_sum(v); } v = simd_max(v); y[i] = v;",
     ),
     (
+        "half a simdgroup sums in a function that all call later",
+        "divergent simdgroup: two lanes are at simd_sum of line . by different calls",
+        "float v = x[i]; if (lane < 16) { v = total(v); } v = total(v); y[i] = v;",
+        "float v = x[i]; if (t < 32) { v = total(v); } v = total(v); y[i] = v;",
+    ),
+    (
+        "half a simdgroup sums in a loop",
+        "divergent simdgroup: two lanes are at simd_sum of line . by different calls",
+        """float v = x[i]; for (int k = 0; k < (lane < 16 ? 2 : 1); k++) { v = total(v); }
+           y[i] = total(v);""",
+        """float v = x[i]; for (int k = 0; k < (t < 32 ? 2 : 1); k++) { v = total(v); }
+           y[i] = total(v);""",
+    ),
+    (
         "a shuffle from a lane that has ended",
         "simd_shuffle from lane 20, which has ended",
         "y[i] = 1; if (lane >= 16) { return; } y[i] = simd_shuffle(x[i], 20);",
@@ -223,8 +237,11 @@ BODY = f"""
 """
 
 
+HEADER = "inline float total(float v) { return simd_sum(v); }\n"
+
+
 def launch(which: int, group: int) -> mx.array:
-    kernel = mx.fast.metal_kernel("faults", ["x", "which"], ["y"], BODY)
+    kernel = mx.fast.metal_kernel("faults", ["x", "which"], ["y"], BODY, header=HEADER)
     return kernel(
         inputs=[mx.arange(64).astype(mx.float32), mx.array(which)],
         output_shapes=[(64,)],
@@ -254,7 +271,7 @@ def test_a_fault_names_its_thread() -> None:
 @pytest.mark.usefixtures("metal")
 @pytest.mark.parametrize("group", [(1025, 1, 1), (32, 33, 1), (0, 1, 1)])
 def test_a_threadgroup_has_1_to_1024_threads(group: tuple[int, int, int]) -> None:
-    kernel = mx.fast.metal_kernel("faults", ["x", "which"], ["y"], BODY)
+    kernel = mx.fast.metal_kernel("faults", ["x", "which"], ["y"], BODY, header=HEADER)
     with pytest.raises(MetalFault, match="1 to 1024"):
         kernel(
             inputs=[mx.zeros((64,)), mx.array(-1)], output_shapes=[(64,)],

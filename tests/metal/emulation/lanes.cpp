@@ -42,6 +42,7 @@ struct Lane {
   State state;
   const char* what;
   int line;
+  uintptr_t path;  // by which calls it came there
   uint32_t memory;
   unsigned parity;
   uint16_t group_clock[2];  // barriers passed that ordered device and threadgroup memory
@@ -213,6 +214,11 @@ bool released_simd(int simdgroup) {
           "divergent simdgroup: one lane is at %s of line %d, another at %s of line %d",
           first->what, first->line, lane.what, lane.line);
       return false;
+    } else if (lane.path != first->path) {
+      fault_outside(
+          "divergent simdgroup: two lanes are at %s of line %d by different calls",
+          lane.what, lane.line);
+      return false;
     }
   }
   if (first == nullptr) {
@@ -303,8 +309,26 @@ void run_threadgroup() {
   }
 }
 
+// The return addresses between here and the kernel, as one number: a function that two places call
+// has two. Checked kernels keep their frame pointers for it.
+uintptr_t path_here(const Lane& lane) {
+  uintptr_t path = 0;
+#ifdef CHECKED
+  auto frame = static_cast<void**>(__builtin_frame_address(0));
+  auto begin = reinterpret_cast<void**>(lane.stack);
+  auto end = reinterpret_cast<void**>(lane.stack + kStack) - 1;
+  while (frame >= begin && frame < end) {
+    path = path * 31 + reinterpret_cast<uintptr_t>(frame[1]);
+    begin = frame + 1;
+    frame = static_cast<void**>(frame[0]);
+  }
+#endif
+  return path;
+}
+
 void wait(State state, const char* what, int line, uint32_t memory) {
   Lane& lane = machine->lanes[machine->current];
+  lane.path = path_here(lane);
   lane.state = state;
   lane.what = what;
   lane.line = line;
