@@ -1,16 +1,14 @@
 """The checker of the Metal dialect: what it catches, and what it leaves alone."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import emulator
 import mlx.core as mx
 import our_kernels
 import pytest
 from dialect import THREADGROUP_BYTES, check, threadgroup_bytes
+from generate import generated
 from mlx_lm_kernels import calls
 
 from mlx_flash.kernels.metal import sources
@@ -176,14 +174,6 @@ def test_what_mlx_ships_has_no_findings() -> None:
         assert not found, file
     metal4 = check((HEADERS / "quantized_nax.h").read_text())
     assert {finding.rule for finding in metal4} == {"lambda"}
-
-
-def generated(call: Callable[[], Any]) -> list[str]:
-    """The sources that MLX makes for a call, none of them run."""
-    found: list[str] = []
-    with patch.object(emulator, "run_source", lambda source, *_: found.append(source)):
-        call()
-    return found
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
