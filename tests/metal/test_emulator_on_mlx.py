@@ -16,6 +16,7 @@ from mlx_lm.models.gated_delta import gated_delta_ops
 from mlx_lm.models.ssm import ssm_attn
 from mlx_lm_kernels import built
 
+LONG = pytest.mark.slow
 HEADERS = Path(mx.__file__).parent / "include/mlx/backend/metal/kernels"
 
 
@@ -35,7 +36,9 @@ def rounding(dtype: mx.Dtype) -> float:
 # mlx-lm -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+@pytest.fixture(
+    params=[mx.bfloat16, pytest.param(mx.float32, marks=LONG)], ids=["bfloat16", "float32"]
+)
 def dtype(request: pytest.FixtureRequest) -> mx.Dtype:
     return request.param
 
@@ -314,7 +317,9 @@ def test_logsumexp(rows: str) -> None:
     close(got, wanted, rounding(mx.float32))
 
 
-@pytest.mark.parametrize("op", ["Sum", "Max", "Min", "Prod"])
+@pytest.mark.parametrize(
+    "op", ["Sum", "Min", *(pytest.param(op, marks=LONG) for op in ("Max", "Prod"))]
+)
 def test_row_reduce(op: str) -> None:
     x = mx.random.normal((12, 300))  # of 10 rows two would be reduced twice, and written so
     shipped = Shipped("atomic.h", "reduction/ops.h", "reduction/reduce_row.h")
@@ -328,8 +333,10 @@ def test_row_reduce(op: str) -> None:
     close(got, getattr(mx, op.lower())(x, axis=-1), rounding(mx.float32))
 
 
-@pytest.mark.parametrize("inclusive", [False, True])
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("inclusive", "reverse"),
+    [(False, True), (True, False), *(pytest.param(b, b, marks=LONG) for b in (False, True))],
+)
 def test_scan(inclusive: bool, reverse: bool) -> None:
     """Of 1024 threads: with fewer its lanes read sums that nobody wrote, and drop them."""
     x = mx.random.randint(-9, 9, (3, 5000))
@@ -365,22 +372,21 @@ class TestOfQuantizedProducts:
         wide = mx.random.normal((experts, self.N, self.K))
         return mx.quantize(wide, group_size=64, bits=bits)
 
-    def batch(self, experts: int) -> list[Any]:
+    def batch(self, experts: int, bits: int, group: int = 64) -> list[Any]:
         """The arguments that say how x, the weights, scales and biases lie."""
-        words, groups = self.K * self.bits // 32, self.K // 64
+        words, groups = self.K * bits // 32, self.K // group
         return [
             1, int32(2, 1), int64(self.K, self.K), 1, int32(experts), int64(self.N * words),
             int64(self.N * groups), int64(self.N * groups),
         ]  # fmt: skip
 
-    @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+    @pytest.mark.parametrize("bits", [3, 4, *(pytest.param(b, marks=LONG) for b in (2, 5, 6, 8))])
     def test_qmv_fast(self, bits: int) -> None:
-        self.bits = bits
         w, s, b = self.weights(bits)
         x = mx.random.normal((1, self.K))
         (y,) = Shipped("steel/utils.h", "quantized_utils.h", "quantized.h")(
             f"affine_qmv_fast<float, 64, {bits}, false>",
-            [w, s, b, x, self.K, self.N, *self.batch(1)],
+            [w, s, b, x, self.K, self.N, *self.batch(1, bits)],
             {4: ((1, self.N), mx.float32)},
             (32, 2 * self.N // 8, 1),
             (32, 2, 1),
@@ -388,9 +394,11 @@ class TestOfQuantizedProducts:
         wanted = mx.quantized_matmul(x, w[0], s[0], b[0], group_size=64, bits=bits)
         close(y, wanted, 1e-5)
 
-    @pytest.mark.parametrize("rows", ["affine_gather_qmv_fast", "affine_gather_qmv"])
+    @pytest.mark.parametrize(
+        "rows", ["affine_gather_qmv_fast", pytest.param("affine_gather_qmv", marks=LONG)]
+    )
     def test_gather_qmv(self, rows: str) -> None:
-        self.bits, experts = 4, 5
+        experts = 5
         w, s, b = self.weights(4, experts)
         x = mx.random.normal((2, 1, self.K))
         rhs = mx.array([4, 0, 2, 2, 1, 3], mx.uint32)
@@ -398,7 +406,7 @@ class TestOfQuantizedProducts:
         (y,) = Shipped("steel/utils.h", "quantized_utils.h", "quantized.h")(
             f"{rows}<float, 64, 4>",
             [
-                w, s, b, x, lhs, rhs, self.K, self.N, *self.batch(experts),
+                w, s, b, x, lhs, rhs, self.K, self.N, *self.batch(experts, 4),
                 1, int32(6), int64(1), int64(1),
             ],
             {6: ((6, 1, self.N), mx.float32)},
@@ -408,7 +416,7 @@ class TestOfQuantizedProducts:
         how = {"transpose": True, "group_size": 64, "bits": 4}
         close(y, mx.gather_qmm(x, w, s, b, lhs, rhs, **how), 1e-5)
 
-    @pytest.mark.parametrize("bits", [2, 4, 8])
+    @pytest.mark.parametrize("bits", [2, *(pytest.param(b, marks=LONG) for b in (4, 8))])
     def test_quantize_and_back(self, bits: int) -> None:
         wide = mx.random.normal((self.N, self.K))
         w, s, b = mx.quantize(wide, group_size=64, bits=bits)
@@ -434,22 +442,37 @@ class TestOfQuantizedProducts:
         )
         close(back, mx.dequantize(w, s, b, group_size=64, bits=bits), 1e-6)
 
-    def test_mxfp4_qmv_fast(self) -> None:
-        self.bits = 4
-        w, s = mx.quantize(mx.random.normal((self.N, self.K)), mode="mxfp4")
-        x = mx.random.normal((1, self.K))
+    @pytest.mark.parametrize(
+        ("mode", "group", "bits"),
+        [
+            ("mxfp4", 32, 4),
+            pytest.param("nvfp4", 16, 4, marks=LONG),
+            pytest.param("mxfp8", 32, 8, marks=LONG),
+        ],
+    )
+    def test_gather_qmv_of_floats(self, mode: str, group: int, bits: int) -> None:
+        experts = 5
+        w, s = mx.quantize(mx.random.normal((experts, self.N, self.K)), mode=mode)
+        x = mx.random.normal((2, 1, self.K))
+        rhs = mx.array([4, 0, 2, 2, 1, 3], mx.uint32)
+        lhs = mx.array([0, 0, 0, 1, 1, 1], mx.uint32)
         (y,) = Shipped("fp4.h", "fp8.h", "steel/utils.h", "quantized_utils.h", "fp_quantized.h")(
-            "fp_qmv_fast<float, 32, 4, false>",
-            [w, s, mx.ones((1,)), x, self.K, self.N, *self.batch(1)[:-1]],
-            {4: ((1, self.N), mx.float32)},
-            (32, 2 * self.N // 8, 1),
+            f"fp_gather_qmv_fast<float, {group}, {bits}>",
+            [
+                w, s, mx.ones((1,)), x, lhs, rhs, self.K, self.N,
+                *self.batch(experts, bits, group)[:-1], 1, int32(6), int64(1), int64(1),
+            ],
+            {6: ((6, 1, self.N), mx.float32)},
+            (32, 2 * self.N // 8, 6),
             (32, 2, 1),
-        )
-        close(y, mx.quantized_matmul(x, w, s, mode="mxfp4"), 1e-5)
+        )  # fmt: skip
+        close(y, mx.gather_qmm(x, w, s, None, lhs, rhs, mode=mode, transpose=True), 1e-5)
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "causal"),
+    [(mx.float32, False), (mx.float16, True), pytest.param(mx.float16, False, marks=LONG)],
+)
 def test_sdpa_vector(dtype: mx.Dtype, causal: bool) -> None:
     heads, kv_heads, length, dim, queries = 4, 2, 70, 64, 3
     q = mx.random.normal((1, heads, queries, dim)).astype(dtype)
