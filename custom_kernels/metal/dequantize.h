@@ -16,9 +16,13 @@ template <typename T>
 inline float read_chunk(const device T* x, thread float* out) {
   float sum = 0;
 #pragma unroll
-  for (int i = 0; i < CHUNK; i++) {
-    out[i] = float(x[i]);
-    sum += out[i];
+  for (int i = 0; i < CHUNK; i += 4) {
+    const vec<T, 4> part = *(const device vec<T, 4>*)(x + i);
+    out[i] = float(part.x);
+    out[i + 1] = float(part.y);
+    out[i + 2] = float(part.z);
+    out[i + 3] = float(part.w);
+    sum += (out[i] + out[i + 1]) + (out[i + 2] + out[i + 3]);
   }
   return sum;
 }

@@ -105,8 +105,9 @@ def gate_up_reference(x: mx.array, slots: mx.array, gate: Any, up: Any, kind: Ki
 
 def gate_up_bytes(x: mx.array, slots: mx.array, gate: Any, up: Any) -> int:
     """Bytes that one launch of ``gate_up`` moves: every token's experts, its input and output."""
-    weights = slots.size * sum(expert_bytes(p) for p in (gate, up) if p is not None)
-    return weights + x.nbytes + slots.nbytes + slots.size * up.weight.shape[1] * x.itemsize
+    weights: int = slots.size * sum(expert_bytes(p) for p in (gate, up) if p is not None)
+    moved: int = x.nbytes + slots.nbytes + slots.size * up.weight.shape[1] * x.itemsize
+    return weights + moved
 
 
 def down(
@@ -181,15 +182,17 @@ def down_bytes(
     h: mx.array, slots: mx.array, scores: mx.array, down_proj: Any, shared: mx.array | None = None
 ) -> int:
     """Bytes that one launch of ``down`` moves: every token's experts, their inputs, the sum."""
-    written = h.shape[0] * down_proj.weight.shape[1] * h.itemsize
-    read = h.nbytes + slots.nbytes + scores.nbytes + (0 if shared is None else shared.nbytes)
-    return slots.size * expert_bytes(down_proj) + read + written
+    written: int = h.shape[0] * down_proj.weight.shape[1] * h.itemsize
+    read: int = h.nbytes + slots.nbytes + scores.nbytes + (0 if shared is None else shared.nbytes)
+    weights: int = slots.size * expert_bytes(down_proj)
+    return weights + read + written
 
 
 def expert_bytes(projection: Any) -> int:
     """Bytes of one expert in a quantized switch layer."""
     arrays = (projection.get(name) for name in ("weight", "scales", "biases", "bias"))
-    return sum(a.nbytes // a.shape[0] for a in arrays if a is not None)
+    size: int = sum(a.nbytes // a.shape[0] for a in arrays if a is not None)
+    return size
 
 
 def lanes_for(inner: int) -> int:
@@ -250,7 +253,8 @@ class MetalSwitch(nn.Module):
             y = (self.switch(x, indices) * scores.astype(mx.float32)[..., None]).sum(axis=-2)
             if shared is not None:
                 y = y + (shared if shared_gate is None else mx.sigmoid(shared_gate) * shared)
-            return y.astype(x.dtype)
+            total: mx.array = y.astype(x.dtype)
+            return total
         gate, up, down_proj = projections_of(self.switch)
         slots = _rows(indices).astype(mx.uint32)
         h = gate_up(_rows(x), slots, gate, up, self.kind)
