@@ -1,9 +1,9 @@
 """Metal kernels on a CPU: the source that MLX generates, compiled by g++ and run lane by lane.
 
-``metal_kernel`` stands in for ``mx.fast.metal_kernel``. It has MLX write the kernel (inside
-``mx.export_function`` that needs no Metal, and ``verbose=True`` prints it), puts MLX's own ``utils.h``
-in front as MLX does, and compiles all of it against ``emulation/metal_stdlib``. ``emulation/lanes.cpp``
-runs it. A fault that it finds is a ``MetalFault``.
+``metal_kernel`` stands in for ``mx.fast.metal_kernel``. It has MLX write the kernel, which inside
+``mx.export_function`` needs no Metal and with ``verbose=True`` is printed, puts MLX's own
+``utils.h`` in front as MLX does, and compiles that against ``emulation/metal_stdlib``;
+``emulation/lanes.cpp`` runs it. A fault that it finds is a ``MetalFault``.
 
 What this cannot tell: how fast a kernel is, what Metal's compiler would refuse (``dialect.py``
 looks for that), and the last bits of functions such as ``exp``, which are a GPU's own.
