@@ -239,7 +239,7 @@ def test_down_takes_any_size(metal, sizes, seed):
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_every_format_and_dtype_at_any_size(metal, form, dtype):
-    for seed, inner in enumerate((128, 384, 768, 2944)):
+    for seed, inner in enumerate((384, 2944)):
         sizes = (1 + seed, 6 - seed, 3, 13 + 8 * seed, inner)
         case = gate_up_case(seed, form, sizes=sizes, dtype=dtype, bias=seed % 2)
         assert close(door.gate_up(*case), gate_up_exact(*case))
