@@ -11,7 +11,7 @@ from mlx_lm.models.nemotron_h import MoEGate, NemotronHMoE
 from mlx_lm.models.qwen3_moe import Qwen3MoeSparseMoeBlock
 from mlx_lm.models.qwen3_next import Qwen3NextSparseMoeBlock
 
-from .experts import DECODE_TOKENS, MetalSwitch, supports
+from .experts import DECODE_TOKENS, MetalMLP, MetalSwitch, supports, supports_mlp
 from .router import fits, route
 
 
@@ -78,6 +78,8 @@ class MetalNemotronHMoE(NemotronHMoE):
 def use_metal(model: nn.Module) -> None:
     """Let the MoE blocks in a model whose experts and routers have kernels decode by them.
 
+    The shared experts of such a block too.
+
     Switch layers that hold all experts become ``MetalSwitch``. One that streams them has to hold
     one already, as its ``switch``. Subclasses, which may have a forward of their own, stay.
     """
@@ -88,6 +90,9 @@ def use_metal(model: nn.Module) -> None:
             block.switch_mlp = MetalSwitch(block.switch_mlp)
         if _weighs(block.switch_mlp):
             block.__class__ = BLOCKS[type(block)]
+            shared = block.get("shared_expert")
+            if shared is not None and supports_mlp(shared):
+                shared.__class__ = MetalMLP
 
 
 def _weighs(switch: Any) -> bool:
