@@ -16,7 +16,16 @@ import pytest
 from emulator import MetalFault, recording
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mlx_lm.models import nemotron_h, qwen3_moe, qwen3_next, switch_layers
+from mlx_lm.models import (
+    deepseek_v3,
+    glm4_moe,
+    glm4_moe_lite,
+    gpt_oss,
+    nemotron_h,
+    qwen3_moe,
+    qwen3_next,
+    switch_layers,
+)
 from mlx_lm.models.activations import SwigluOAI
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU, SwitchLinear, SwitchMLP
 
@@ -448,6 +457,35 @@ def nemotron(latent=None, **more):
     return block
 
 
+def grouped(kind):
+    sizes = {
+        "hidden_size": 128,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 64,
+        "n_routed_experts": 20,
+        "n_shared_experts": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "n_group": 5,
+        "topk_group": 2,
+        "topk_method": "noaux_tc",
+    }
+    block = kind(types.SimpleNamespace(**sizes))
+    block.gate.weight = mx.random.normal(block.gate.weight.shape) / 10
+    block.gate.e_score_correction_bias = mx.random.normal((20,)) / 5
+    return block
+
+
+def gpt_oss_block():
+    sizes = {
+        "hidden_size": 128,
+        "num_local_experts": 20,
+        "num_experts_per_tok": 4,
+        "intermediate_size": 64,
+    }
+    return gpt_oss.MLPBlock(types.SimpleNamespace(**sizes))
+
+
 STOCK = {
     "qwen3_next": qwen,
     "qwen3_moe": functools.partial(qwen, qwen3_moe.Qwen3MoeSparseMoeBlock),
@@ -457,6 +495,10 @@ STOCK = {
     "nemotron_h": nemotron,
     "nemotron_h, latent": functools.partial(nemotron, 64),
     "nemotron_h, groups": functools.partial(nemotron, n_group=5, topk_group=2),
+    "deepseek_v3": functools.partial(grouped, deepseek_v3.DeepseekV3MoE),
+    "glm4_moe": functools.partial(grouped, glm4_moe.MoE),
+    "glm4_moe_lite": functools.partial(grouped, glm4_moe_lite.Glm4MoeLiteMoE),
+    "gpt_oss": gpt_oss_block,
     "nemotron_h, no shared": functools.partial(nemotron, n_shared_experts=None),
 }
 
@@ -474,7 +516,9 @@ def block_of(name):
 def test_a_block_decodes_as_the_stock_one(quick_metal, name):
     stock, block = block_of(name), block_of(name)
     moe.use_metal(block)
-    assert type(block) is moe.BLOCKS[type(stock)]
+    assert type(block) is moe.metal_class(type(stock))
+    assert isinstance(block, type(stock))
+    assert type(block) is not type(stock)
     x = mx.random.normal((3, 1, 128))
     with recording() as launches:
         found = block(x)
