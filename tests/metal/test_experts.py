@@ -34,7 +34,7 @@ from mlx_flash.kernels.metal import experts as door
 from mlx_flash.kernels.metal import moe
 
 FEW = settings(
-    max_examples=8,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -199,18 +199,18 @@ def test_gate_up_reads_every_format_and_knows_every_activation(metal, form, kind
     assert close(door.gate_up_reference(*case), gate_up_exact(*case))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_down_reads_every_format(metal, form):
+# The others are read by the same lines, in gate_up.
+@pytest.mark.parametrize("form", [(3, 32), (4, 64), (8, 32), (4, 32, "mxfp4")], ids=str)
+def test_down_reads_other_formats(metal, form):
     case = down_case(2, form)
     assert close(door.down(*case), down_exact(*case))
     assert close(door.down_reference(*case), down_exact(*case))
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
-def test_sums_are_float32_whatever_goes_in(metal, dtype):
-    case = gate_up_case(3, (4, 64), dtype=dtype)
+def test_sums_are_float32_whatever_goes_in(metal):
+    case = gate_up_case(3, (4, 64), dtype=mx.bfloat16)
     assert close(door.gate_up(*case), gate_up_exact(*case))
-    case = down_case(4, (4, 64), dtype=dtype, bias=True)
+    case = down_case(4, (4, 64), dtype=mx.float16, bias=True)
     assert close(door.down(*case), down_exact(*case))
 
 
@@ -267,8 +267,6 @@ def test_one_expert_of_one_token_without_a_shared_one(metal):
     case = gate_up_case(7, (4, 32), sizes=sizes)
     assert close(door.gate_up(*case), gate_up_exact(*case))
     case = down_case(8, (4, 32), sizes=sizes, shared=0)
-    assert close(door.down(*case), down_exact(*case))
-    case = down_case(8, (4, 32), sizes=sizes, shared=1)
     assert close(door.down(*case), down_exact(*case))
 
 
@@ -347,7 +345,7 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_a_switch_decodes_as_the_stock_one(quick_metal, name):
+def test_a_switch_decodes_as_the_stock_one(metal, name):
     switch = SWITCHES[name]()
     metal_switch = door.MetalSwitch(switch)
     rng = np.random.default_rng(0)
@@ -364,7 +362,7 @@ def test_a_switch_decodes_as_the_stock_one(quick_metal, name):
     assert close(found, exact(wanted), 1e-4)
 
 
-def test_prompts_stay_with_mlx(quick_metal):
+def test_prompts_stay_with_mlx(metal):
     switch = switch_of()
     metal_switch = door.MetalSwitch(switch)
     rng = np.random.default_rng(0)
@@ -513,7 +511,7 @@ def block_of(name):
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_a_block_decodes_as_the_stock_one(quick_metal, name):
+def test_a_block_decodes_as_the_stock_one(metal, name):
     stock, block = block_of(name), block_of(name)
     moe.use_metal(block)
     assert type(block) is moe.metal_class(type(stock))
@@ -530,7 +528,7 @@ def test_a_block_decodes_as_the_stock_one(quick_metal, name):
     assert not launches
 
 
-def test_a_shared_expert_of_one_token_is_decoded_too(quick_metal):
+def test_a_shared_expert_of_one_token_is_decoded_too(metal):
     stock, block = qwen(), qwen()
     block.update(stock.parameters())
     for each in (stock, block):
@@ -560,7 +558,7 @@ class Slots:
         return self.switch.weighted(x, self.order[indices], scores, *rest)
 
 
-def test_a_block_decodes_on_slots(quick_metal):
+def test_a_block_decodes_on_slots(metal):
     stock, block = block_of("qwen3_next"), block_of("qwen3_next")
     switch = block.pop("switch_mlp")
     order = np.random.default_rng(1).permutation(20)
