@@ -1,6 +1,6 @@
 """The Metal kernels of routed experts, on the emulator, against float64.
 
-Tolerance: half a unit in the last place of the output's dtype, and of the largest output 2e-5, for
+Tolerance: half a unit in the last place of the output's dtype, and of the largest output 5e-6, for
 sums in float32 whose terms cancel.
 """
 
@@ -56,7 +56,7 @@ def projection(rng, slots, rows, inner, bits=4, group=64, mode="affine", dtype=m
         layer.scales = mx.array(scales.astype(np.float32)).astype(dtype)
         layer.biases = mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
     else:
-        layer.scales = mx.array(rng.integers(118, 130, shape).astype(np.uint8))
+        layer.scales = mx.array(rng.integers(118, 126, shape).astype(np.uint8))
     if bias:
         layer.bias = floats(rng, (slots, rows), dtype)
     return layer
@@ -117,7 +117,7 @@ ACTIVATED = {
 }
 
 
-def close(found, wanted, loose=2e-5):
+def close(found, wanted, loose=5e-6):
     bound = ULP[found.dtype] * np.abs(wanted) + loose * np.abs(wanted).max()
     worst = (np.abs(exact(found) - wanted) - bound).max()
     return bool(np.isfinite(exact(found)).all() and worst <= 0)
