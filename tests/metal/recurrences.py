@@ -22,12 +22,15 @@ def bits(x):
     return np.array(mx.contiguous(x).view(mx.uint8)).tobytes()
 
 
-def near(got, want, axes, bound=FLOAT32):
-    """Every element within ``bound`` of the largest along ``axes``, and its dtype's rounding."""
+def near(got, want, axes, bound=FLOAT32, summed=None):
+    """Every element within ``bound`` of the largest along ``axes``, and its dtype's rounding.
+
+    ``summed`` are the sizes of what was added up, where that may be more than the sum.
+    """
     assert got.shape == want.shape
     found = exact(got)
     assert np.isfinite(found).all()
-    largest = np.abs(want).max(axis=axes, keepdims=True)
+    largest = np.abs(want if summed is None else summed).max(axis=axes, keepdims=True)
     finest = 2.0**-24 if got.dtype == mx.float16 else FLUSHED
     allowed = bound * largest + ROUNDING[got.dtype] * np.abs(want) + finest
     wrong = np.abs(found - want) > allowed
@@ -96,7 +99,10 @@ def delta64(qkv, z, a, b, history, conv, a_log, dt_bias, norm, state, eps, group
 
 
 def mamba64(projected, history, conv, bias, a_log, d, dt_bias, state, limits):
-    """One token of a Mamba2 mixer in float64; takes what ``mamba2_step`` does, or float64."""
+    """One token of a Mamba2 mixer in float64; takes what ``mamba2_step`` does, or float64.
+
+    Returns what it does, and the sizes of what makes up ``y``.
+    """
     projected, history, conv, a_log, d, dt_bias, state = (
         exact(x) if isinstance(x, mx.array) else x
         for x in (projected, history, conv, a_log, d, dt_bias, state)
@@ -113,4 +119,6 @@ def mamba64(projected, history, conv, bias, a_log, d, dt_bias, state, limits):
     state = state * np.exp(-np.exp(a_log)[:, None] * dt)[..., None]
     state = state + (x * dt)[..., None] * b[:, :, None]
     y = np.einsum("bhds,bhs->bhd", state, c) + d[:, None] * x
-    return y.reshape(batch, 1, inner) * silu(gate), history, state
+    summed = np.einsum("bhds,bhs->bhd", np.abs(state), np.abs(c)) + np.abs(d[:, None] * x)
+    y, summed = (silu(gate) * part.reshape(batch, 1, inner) for part in (y, summed))
+    return y, history, state, np.abs(summed)
