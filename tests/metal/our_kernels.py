@@ -8,9 +8,15 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from mlx_flash.kernels.metal import sources
+from mlx_flash.kernels.experts import AFFINE_BITS, MODES
 
 SLOTS, TOP_K, INNER, ROWS = 3, 2, 96, 21
+FORMS = [(mode, form[0]) for mode, form in MODES.items() if form]
+FORMS += [("affine", bits) for bits in AFFINE_BITS]
+KINDS = {
+    True: ("clamped", "limited", "capped", "situ", "geglu"),
+    False: ("relu2", "silu", "gelu"),
+}
 
 
 def normal(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
@@ -19,17 +25,20 @@ def normal(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
 
 
 def projection(inner: int, rows: int, bias: bool, dtype: mx.Dtype, mode: str, bits: int) -> Any:
-    group = 32 if inner % 64 else 64
+    group = 16 if mode == "nvfp4" else 32
     mx.random.seed(bits)
     layer = QuantizedSwitchLinear(inner, rows, SLOTS, bias, group, bits, mode)
     layer.set_dtype(dtype)
     return layer
 
 
-def gate_up(door: Any, dtype: mx.Dtype, mode: str, bits: int) -> Any:
+def gate_up(
+    door: Any, dtype: mx.Dtype, mode: str, bits: int, kind: str = "swiglu", gated: bool = True
+) -> Any:
     gate, up = (projection(INNER, ROWS, True, dtype, mode, bits) for _ in range(2))
     slots = mx.array([[2, 0], [1, 1]], mx.uint32)
-    return door.gate_up(normal(2, INNER, dtype=dtype), slots, gate, up, ("swiglu", 0.0, 0.0))
+    x = normal(2, INNER, dtype=dtype)
+    return door.gate_up(x, slots, gate if gated else None, up, (kind, 1.5, 0.7))
 
 
 def down(door: Any, dtype: mx.Dtype, mode: str, bits: int) -> Any:
@@ -78,10 +87,16 @@ def group_norm(door: Any, dtype: mx.Dtype) -> Any:
 
 
 CASES: list[tuple[str, str, Callable[..., Any], dict[str, Any]]] = [
-    *(("gate_up", "experts", gate_up, {"mode": "affine", "bits": bits}) for bits in (3, 4, 8)),
-    *(("down", "experts", down, {"mode": "affine", "bits": bits}) for bits in (3, 4, 8)),
-    ("gate_up", "experts", gate_up, {"mode": "mxfp4", "bits": 4}),
-    ("down", "experts", down, {"mode": "mxfp4", "bits": 4}),
+    *(
+        (call.__name__, "experts", call, {"mode": mode, "bits": bits})
+        for call in (gate_up, down)
+        for mode, bits in FORMS
+    ),
+    *(
+        ("gate_up", "experts", gate_up, {"mode": "affine", "bits": 4, "kind": k, "gated": gated})
+        for gated, kinds in KINDS.items()
+        for k in kinds
+    ),
     ("route", "router", route, {}),
     ("route", "router", route, {"score": "sigmoid", "groups": 4, "top_groups": 2, "eps": 1e-20}),
     ("delta_step", "delta", delta_step, {}),
@@ -90,8 +105,6 @@ CASES: list[tuple[str, str, Callable[..., Any], dict[str, Any]]] = [
     ("gated_norm", "norm", group_norm, {}),
 ]
 """The kernel's file, the module of ``mlx_flash.kernels.metal``, a call, and what else it takes."""
-
-CASES = [case for case in CASES if (sources() / f"{case[0]}.metal").exists()]
 
 NAMES = [" ".join(map(str, (call.__name__, *how.values()))) for *_, call, how in CASES]
 
