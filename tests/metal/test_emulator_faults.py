@@ -304,6 +304,11 @@ ATOMICS = """
       case 2: plain[0] += 1; break;
       case 3: atomic_fetch_add_explicit(&shared[0], 1u, memory_order_relaxed); break;
       case 4: atomic_fetch_add_explicit(total, 1u, memory_order_relaxed); y[1] = y[0]; break;
+      case 5:
+        atomic_fetch_add_explicit(total, 1u, memory_order_relaxed);
+        threadgroup_barrier(mem_flags::mem_device);
+        if (y[0] == 1000) { atomic_fetch_add_explicit(total, 1u, memory_order_relaxed); }
+        break;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (which == 3 && t == 0) {
@@ -313,13 +318,13 @@ ATOMICS = """
 """
 
 
-def count(which: int) -> int:
+def count(which: int, threads: int = 200) -> int:
     kernel = mx.fast.metal_kernel("atomics", ["which"], ["y"], ATOMICS)
     (y,) = kernel(
         inputs=[mx.array(which)],
         output_shapes=[(2,)],
         output_dtypes=[mx.uint32],
-        grid=(200, 1, 1),
+        grid=(threads, 1, 1),
         threadgroup=(64, 1, 1),
         init_value=0,
     )
@@ -336,6 +341,9 @@ def test_atomics_count_where_the_plain_form_races() -> None:
     assert count(3) == 200
     with pytest.raises(MetalFault, match=r"race: read of byte . of y that another thread wrote"):
         count(4)
+    assert count(5, threads=64) == 64  # a barrier orders them for their own threadgroup
+    with pytest.raises(MetalFault, match=r"race: read of byte . of y that another thread wrote"):
+        count(5)
 
 
 # Places -------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ struct Cell {
   uint32_t reader;  // 0: nobody, kMany, else as above
   uint16_t write_clock[2], read_clock[2];  // of the threadgroup, of the simdgroup
   uint32_t read_simdgroup, read_group;     // of all readers, kMany if of several
+  uint32_t atomic_group;                   // of all atomic writers, kMany if of several
 };
 constexpr uint32_t kInitial = 0xffffffff, kAtomic = 0xfffffffe, kMany = 0xfffffffd;
 
@@ -421,7 +422,8 @@ void check(const char* address, size_t bytes, bool reads, bool writes, bool atom
     bool by_other = cell.writer != 0 && cell.writer != kInitial && cell.writer != self;
     if (by_other && !(atomic && cell.writer == kAtomic)) {
       bool atomically = cell.writer == kAtomic;
-      bool same_group = atomically || (cell.writer - 1) / kMaxThreads == machine->group;
+      bool same_group = atomically ? cell.atomic_group == machine->group
+                                   : (cell.writer - 1) / kMaxThreads == machine->group;
       bool same_simd = !atomically && (cell.writer - 1) / kSimd == (self - 1) / kSimd;
       if (!ordered(lane, *region, same_group, same_simd, cell.write_clock)) {
         lanes_fault(
@@ -439,6 +441,8 @@ void check(const char* address, size_t bytes, bool reads, bool writes, bool atom
       }
     }
     if (writes) {
+      bool elsewhere = cell.writer == kAtomic && cell.atomic_group != machine->group;
+      cell.atomic_group = elsewhere ? kMany : machine->group;
       cell.writer = atomic ? kAtomic : self;
       cell.write_clock[0] = lane.group_clock[kind];
       cell.write_clock[1] = lane.simd_clock[kind];
