@@ -647,6 +647,7 @@ def _statements(body: Sequence[Token]) -> Iterator[list[Token]]:
                 yield from _statements(body[i + 1 : end])
                 start = end + 1
             elif {"struct", "union", "enum"} & {t.text for t in body[start:i]}:
+                yield from _statements(body[i + 1 : end])
                 start = end + 1
             i = end
         elif text == ":" and body[start].text in ("case", "default"):
@@ -677,6 +678,8 @@ def _declaration(tokens: Sequence[Token]) -> Declaration | None:
         word = words[i]
         if word in SPECIFIERS:
             specifiers.append(word)
+        elif word == "alignas" and words[i + 1 : i + 2] == ["("]:
+            i = _end(tokens, i + 1)
         elif kind or not _NAME.match(word) or word in NOT_TYPES:
             break
         elif word == "decltype" and words[i + 1 : i + 2] == ["("]:

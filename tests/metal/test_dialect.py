@@ -57,6 +57,9 @@ BODIES = [
     ("address-space", "float* p = y;", "device float* p = y;"),
     ("address-space", "const float *p = x, *q = x;", "const device float *p = x, *q = x;"),
     ("address-space", "auto& a = y[0];", "device auto& a = y[0];"),
+    ("address-space", "struct S { T* a; };", "struct S { device T* a; T b; };"),
+    ("address-space", "int n = 0, *p = y;", "int n = N & 3, p = (N) * (s);"),
+    ("address-space", "switch (N) { case 1: T* p = y; }", "switch (N) { case 1: T p = N * s; }"),
     ("address-space", "auto* a = y;", "auto a = y;"),
     ("address-space", "if (N) for (const T* p = x; p < y; p++) {}", "for (auto p = x; ; ) {}"),
     ("address-space", "float v = *(float*)(x);", "float v = *(device float*)(x);"),
@@ -75,6 +78,7 @@ BODIES = [
     ("array-size", "for (int i = 0; i < 4; i++) { T a[2][i]; }", "T a[2][N]; a[0][1] = x[1];"),
     ("threadgroup", "threadgroup float a[4] = {0};", "threadgroup float a[4]; a[0] = 1;"),
     ("threadgroup-bytes", "threadgroup T a[8193];", "threadgroup T a[8192];"),
+    ("threadgroup-bytes", "alignas(16) threadgroup T a[8193];", "threadgroup T a[8000], *p = a;"),
     (
         "threadgroup-bytes",
         "constexpr int n = (N + 1) / 2 * 1024; threadgroup float4 a[N > 4 ? n : 1];",
