@@ -2,14 +2,36 @@
 
 No Metal compiler runs here, so this reads the source as tokens: no types, no overloads, no
 templates beyond their arguments. It knows the rules that a C++ compiler cannot find broken.
-The rules are those of Apple's Metal Shading Language Specification 3.1, sections 1.4 to 1.5
-(what of C++14 is left out), 2.2 (types), 4 (address spaces) and 5 (functions).
+The rules are those of Apple's Metal Shading Language Specification 3.1: what of C++14 it leaves
+out, types, address spaces, functions. Where it leaves a doubt, what MLX ships is right, for Apple's
+compiler takes it: threadgroup arrays in inner blocks, arrays as parameters without a space.
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
+
+from cxx_numbers import Scope
+from cxx_text import (
+    NAME,
+    SPACES,
+    SPECIFIERS,
+    TOKEN,
+    Declaration,
+    Token,
+    angle_end,
+    declaration_of,
+    declared,
+    default_at,
+    end_of,
+    first_outside,
+    outside_angles,
+    split,
+    statements,
+    template_of,
+    type_only,
+)
 
 THREADGROUP_BYTES = 32 * 1024
 """Memory of a threadgroup on every Apple GPU (Metal Feature Set Tables)."""
@@ -26,20 +48,6 @@ class Finding(NamedTuple):
     text: str
 
 
-class Token(NamedTuple):
-    text: str
-    line: int
-
-
-SPACES = {"device", "constant", "threadgroup", "thread", "ray_data", "object_data"}
-SPECIFIERS = SPACES | {"const", "constexpr", "static", "volatile", "inline", "METAL_FUNC"} | {
-    "typename", "unsigned", "signed", "struct", "extern", "thread_local", "mutable", "friend",
-}  # fmt: skip
-NOT_TYPES = {
-    "return", "else", "case", "goto", "new", "delete", "throw", "using", "typedef", "break", "do",
-    "continue", "if", "for", "while", "switch", "template", "namespace", "static_assert", "enum",
-    "public", "private", "default", "operator", "union", "class", "sizeof", "try", "catch",
-}  # fmt: skip
 BANNED = {
     "double": "double",
     "new": "allocation", "malloc": "allocation", "calloc": "allocation",
@@ -51,26 +59,8 @@ BANNED = {
     "concept": "c++20", "requires": "c++20", "consteval": "c++20", "constinit": "c++20",
     "co_await": "c++20", "co_yield": "c++20", "co_return": "c++20",
 }  # fmt: skip
-SIZES = {
-    **dict.fromkeys(("bool", "char", "uchar", "int8_t", "uint8_t"), 1),
-    **dict.fromkeys(("short", "ushort", "int16_t", "uint16_t"), 2),
-    **dict.fromkeys(("half", "bfloat", "float16_t", "bfloat16_t"), 2),
-    **dict.fromkeys(("int", "uint", "float", "int32_t", "uint32_t", "atomic_int"), 4),
-    **dict.fromkeys(("atomic_uint", "atomic_float", "unsigned"), 4),
-    **dict.fromkeys(("long", "ulong", "size_t", "int64_t", "uint64_t", "complex64_t"), 8),
-}
-
-_TOKEN = re.compile(
-    r"""(?P<skip>[ \t\r]+|//[^\n]*|/\*.*?\*/)|(?P<newline>\n)
-    |(?P<directive>\#(?:\\\n|[^\n])*)
-    |(?P<attribute>\[\[.*?\]\])
-    |(?P<text>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'
-    |0[xX][0-9a-fA-F']+\w*|(?:\d[\d']*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\w*|\w+
-    |<<=|>>=|->|::|\+\+|--|<<|<=|>=|==|!=|&&|\|\||[-+*/%&|^]=|.)""",
-    re.S | re.X,
-)  # ">>" stays two tokens: it may close two templates
-_NAME = re.compile(r"[A-Za-z_]\w*$")
-_PAIRS = {"(": ")", "[": "]", "{": "}"}
+KINDS = {"typename", "class", "int", "uint", "bool", "short", "ushort", "long", "ulong", "size_t"}
+KINDS |= {"const", "int32_t", "uint32_t", "char", "uchar", "unsigned", "constexpr"}
 
 
 @dataclass
@@ -87,22 +77,11 @@ class Function:
 
     @property
     def template_names(self) -> list[str]:
-        return [_declared(p) for p in self.template]
+        return [declared(p) for p in self.template]
 
     def takes(self, count: int) -> bool:
         optional = sum(any(t.text == "=" for t in p) for p in self.parameters)
         return len(self.parameters) - optional <= count <= len(self.parameters)
-
-
-@dataclass
-class Declaration:
-    """``line``, the words before the names, and each name's stars, array sizes and value."""
-
-    line: int
-    specifiers: list[str]
-    type: str
-    names: list[tuple[str, str, list[list[Token]], list[Token]]] = field(default_factory=list)
-    called: bool = False
 
 
 def check(source: str) -> list[Finding]:
@@ -139,7 +118,7 @@ class _Checker:
     def _tokens(self, source: str) -> list[Token]:
         tokens: list[Token] = []
         line = 1
-        for match in _TOKEN.finditer(source):
+        for match in TOKEN.finditer(source):
             text, kind = match.group(), match.lastgroup
             if kind == "directive":
                 self._directive(text, line)
@@ -176,7 +155,7 @@ class _Checker:
             elif text == "[" and before == "auto":
                 self.found(line, "c++17", "structured bindings are not in Metal 3.1")
             shape = [t.text for t in tokens[i : i + 5]]
-            if shape[:2] == ["(", "*"] and shape[3:] == [")", "("] and _NAME.match(shape[2]):
+            if shape[:2] == ["(", "*"] and shape[3:] == [")", "("] and NAME.match(shape[2]):
                 self.found(line, "function-pointer", f"{shape[2]} is a function pointer")
 
     # Program scope, namespaces and classes.
@@ -186,12 +165,12 @@ class _Checker:
         while i < len(tokens):
             text = tokens[i].text
             if text in "([":
-                i = _end(tokens, i)
+                i = end_of(tokens, i)
             elif text == ";":
                 self._outside_statement(tokens[start:i], in_class)
                 start = i + 1
             elif text == "{":
-                end = _end(tokens, i)
+                end = end_of(tokens, i)
                 if self._outside_block(tokens[start:i], tokens[i + 1 : end], in_class):
                     start = end + 1
                 i = end
@@ -200,13 +179,13 @@ class _Checker:
             i += 1
 
     def _outside_block(self, head: list[Token], body: list[Token], in_class: bool) -> bool:
-        template, head = _template(head)
+        template, head = template_of(head)
         words = [t.text for t in head]
-        opening = _top(words, "(")
+        opening = first_outside(words, "(")
         if "namespace" in words or words[:1] == ["extern"]:
             self._outside(body, in_class)
         elif "enum" in words:
-            for piece in _split(body):
+            for piece in split(body):
                 self.constants[piece[0].text] = piece[2:] or [Token("?", 0)]
             return False
         elif words[:1] in (["struct"], ["class"], ["union"]) and words[-1] != ")":
@@ -231,11 +210,11 @@ class _Checker:
         words = [t.text for t in head]
         if words[opening - 1] == "operator":
             opening += 2
-        closing = _end(head, opening)
+        closing = end_of(head, opening)
         kernel = "kernel" in words or any(w.startswith("[[kernel") for w in words)
         function = Function(
             words[opening - 1], head[opening].line, kernel, template,
-            _split(head[opening + 1 : closing]), body, method,
+            split(head[opening + 1 : closing]), body, method,
         )  # fmt: skip
         self.functions.append(function)
         result = words[: opening - 1]
@@ -248,9 +227,9 @@ class _Checker:
         if words[:1] == ["template"] and words[1:2] != ["<"]:
             self._instance([w for w in tokens if not w.text.startswith("[[")])
             return
-        _, tokens = _template(tokens)
+        _, tokens = template_of(tokens)
         self._alias(tokens)
-        declaration = _declaration(tokens)
+        declaration = declaration_of(tokens)
         if declaration is None or declaration.called or "friend" in declaration.specifiers:
             return
         self._pointers(declaration)
@@ -264,12 +243,12 @@ class _Checker:
 
     def _instance(self, tokens: list[Token]) -> None:
         # template decltype(name<args>) name<args>
-        opening = _top([t.text for t in tokens], "(")
+        opening = first_outside([t.text for t in tokens], "(")
         if opening is None:
             return
-        inner = tokens[opening + 1 : _end(tokens, opening)]
+        inner = tokens[opening + 1 : end_of(tokens, opening)]
         angle = [t.text for t in inner].index("<") if "<" in [t.text for t in inner] else None
-        arguments = _split(inner[angle + 1 : -1]) if angle is not None else []
+        arguments = split(inner[angle + 1 : -1]) if angle is not None else []
         self.instances.append((inner[0].text, arguments))
 
     # Functions.
@@ -281,7 +260,7 @@ class _Checker:
             words = words[: words.index("=")] if "=" in words else words
             if not words:
                 continue
-            outside = [words[i] for i in _outside_angles(words)]
+            outside = [words[i] for i in outside_angles(words)]
             if {"*", "&", "&&"} & set(outside) and not SPACES & set(words):
                 self._unspaced(parameter[0].line, f"{' '.join(words)} of {function.name}")
             attributes = " ".join(t.text for t in parameter if t.text.startswith("[["))
@@ -291,16 +270,16 @@ class _Checker:
         if slots and (len(slots) > BUFFERS or max(slots) >= BUFFERS):
             self.found(function.line, "buffers", f"{function.name} names over {BUFFERS} buffers")
         for parameter in function.template:
-            if parameter[0].text not in _KINDS:
+            if parameter[0].text not in KINDS:
                 text = " ".join(t.text for t in parameter)
                 self.found(parameter[0].line, "template", f"{text}: types, integers and bools only")
 
     def _function(self, function: Function) -> None:
-        variables = {_declared(p) for p in function.parameters}
-        for tokens in _statements(function.body):
+        variables = {declared(p) for p in function.parameters}
+        for tokens in statements(function.body):
             self._casts(tokens)
             self._alias(tokens)
-            declaration = _declaration(tokens)
+            declaration = declaration_of(tokens)
             if declaration is None:
                 continue
             self._pointers(declaration)
@@ -349,7 +328,7 @@ class _Checker:
         if words[:1] in (["using"], ["typedef"]):
             equals = Token("=", 0)  # read as a variable that has a value
             named = [*tokens[words.index("=") + 1 :], tokens[1]] if "=" in words else tokens[1:]
-            declaration = _declaration([*named, equals])
+            declaration = declaration_of([*named, equals])
             if declaration is not None:
                 self._pointers(declaration)
 
@@ -357,10 +336,10 @@ class _Checker:
         words = [t.text for t in tokens]
         for i, word in enumerate(words):
             if word in ("static_cast", "reinterpret_cast", "const_cast", "as_type"):
-                inner = words[i + 2 : _angle(words, i + 1)]
+                inner = words[i + 2 : angle_end(words, i + 1)]
             elif word == "(":
-                inner = words[i + 1 : _end(tokens, i)]
-                if not inner or inner[-1] not in ("*", "&") or not _type_only(inner[:-1]):
+                inner = words[i + 1 : end_of(tokens, i)]
+                if not inner or inner[-1] not in ("*", "&") or not type_only(inner[:-1]):
                     continue
             else:
                 continue
@@ -386,13 +365,13 @@ class _Checker:
     def _calls(self, function: Function) -> Iterator[int]:
         words = [t.text for t in function.body]
         for i, word in enumerate(words):
-            if not _NAME.match(word) or words[i - 1 : i] in (["."], ["->"], ["::"]):
+            if not NAME.match(word) or words[i - 1 : i] in (["."], ["->"], ["::"]):
                 continue
-            at = _angle(words, i + 1) + 1 if words[i + 1 : i + 2] == ["<"] else i + 1
+            at = angle_end(words, i + 1) + 1 if words[i + 1 : i + 2] == ["<"] else i + 1
             if at <= 0 or words[at : at + 1] != ["("]:
                 continue
             explicit = [w for w in words[i + 2 : at - 1] if w != ","]
-            count = len(_split(function.body[at + 1 : _end(function.body, at)]))
+            count = len(split(function.body[at + 1 : end_of(function.body, at)]))
             called = [f for f in self.functions if f.name == word and f.takes(count)]
             # Overloads of one count, and other instances of a template, cannot be told apart.
             other = explicit and explicit != function.template_names
@@ -414,19 +393,19 @@ class _Checker:
                 self.found(kernels[name].line, "threadgroup-bytes", text)
 
     def _instance_bytes(self, kernel: Function, arguments: list[list[Token]]) -> int | None:
-        scope = _Scope({name: value for name, value in self.constants.items() if value})
+        scope = Scope({name: value for name, value in self.constants.items() if value})
         for name, parameter, argument in zip(
             kernel.template_names, kernel.template, [*arguments, *[[]] * 99], strict=False
         ):
-            scope.values[name] = argument or parameter[_default(parameter) :]
+            scope.values[name] = argument or parameter[default_at(parameter) :]
         total = 0
-        for tokens in _statements(kernel.body):
+        for tokens in statements(kernel.body):
             words = [t.text for t in tokens]
             if words[:1] == ["using"] and "=" in words:
                 scope.values[words[1]] = tokens[words.index("=") + 1 :]
             elif words[:1] == ["typedef"]:
                 scope.values[words[-1]] = tokens[1:-1]
-            declaration = _declaration(tokens)
+            declaration = declaration_of(tokens)
             for name, stars, arrays, value in declaration.names if declaration else ():
                 if "threadgroup" in declaration.specifiers and not stars:
                     parts = [scope.size(declaration.type), *map(scope.number, arrays)]
@@ -439,297 +418,3 @@ class _Checker:
                 elif "constexpr" in declaration.specifiers or "const" in declaration.specifiers:
                     scope.values[name] = value
         return total
-
-
-_KINDS = {"typename", "class", "int", "uint", "bool", "short", "ushort", "long", "ulong", "size_t"}
-_KINDS |= {"const", "int32_t", "uint32_t", "char", "uchar", "unsigned", "constexpr"}
-
-_PRECEDENCE = [
-    ("||",), ("&&",), ("|",), ("^",), ("&",), ("==", "!="), ("<", ">", "<=", ">="),
-    ("<<", ">>"), ("+", "-"), ("*", "/", "%"),
-]  # fmt: skip
-
-
-class _Scope:
-    """Evaluates C's integer expressions over named ones; None for what it does not know."""
-
-    def __init__(self, values: dict[str, list[Token]]):
-        self.values = values
-        self.depth = 0
-
-    def size(self, name: str) -> int | None:
-        name = name.removeprefix("metal::")
-        if match := re.fullmatch(r"vec<(.+),(\d)>", name):
-            return _vector(self.size(match[1]), int(match[2]))
-        if name in SIZES:
-            return SIZES[name]
-        if (match := re.fullmatch(r"([a-z]+)([234])", name)) and match[1] in SIZES:
-            return _vector(SIZES[match[1]], int(match[2]))
-        tokens = self.values.get(name)
-        return self.size("".join(t.text for t in tokens)) if tokens else None
-
-    def number(self, tokens: Sequence[Token]) -> int | None:
-        self.depth += 1
-        try:
-            words = [t.text for t in tokens]
-            for i in range(len(words) - 1):
-                if words[i] == words[i + 1] == ">":
-                    words[i : i + 2] = [">>", ""]
-            value, rest = self._ternary([w for w in words if w])
-            return None if rest or value is None else int(value)
-        except (IndexError, ZeroDivisionError):
-            return None
-        finally:
-            self.depth -= 1
-
-    def _ternary(self, words: list[str]) -> tuple[int | None, list[str]]:
-        condition, words = self._binary(words, 0)
-        if words[:1] != ["?"]:
-            return condition, words
-        yes, words = self._ternary(words[1:])
-        no, words = self._ternary(words[1:])
-        return (None if condition is None else yes if condition else no), words
-
-    def _binary(self, words: list[str], level: int) -> tuple[int | None, list[str]]:
-        if level == len(_PRECEDENCE):
-            return self._unary(words)
-        left, words = self._binary(words, level + 1)
-        while words and words[0] in _PRECEDENCE[level]:
-            operator = words[0]
-            right, words = self._binary(words[1:], level + 1)
-            left = None if left is None or right is None else _apply(operator, left, right)
-        return left, words
-
-    def _unary(self, words: list[str]) -> tuple[int | None, list[str]]:
-        word, rest = words[0], words[1:]
-        if word in ("-", "!", "+", "~"):
-            value, rest = self._unary(rest)
-            signs = {"-": lambda v: -v, "!": lambda v: int(not v), "+": int, "~": lambda v: ~v}
-            return (None if value is None else signs[word](value)), rest
-        if word == "(":
-            value, rest = self._ternary(rest)
-            return value, rest[1:]
-        if word == "static_cast" or (word in SIZES and rest[:1] == ["("]):
-            return self._unary(rest[rest.index("(") :])
-        if word == "sizeof":
-            close = rest.index(")")
-            return self.size("".join(rest[1:close])), rest[close + 1 :]
-        if re.match(r"\d", word):
-            return int(word.rstrip("uUlL").replace("'", ""), 0), rest
-        if word in ("true", "false"):
-            return int(word == "true"), rest
-        if self.depth > 32 or rest[:1] in (["("], ["::"], ["<"]) or not self.values.get(word):
-            return None, [] if rest[:1] != [")"] else rest
-        return self.number(self.values[word]), rest
-
-
-def _apply(operator: str, left: int, right: int) -> int:
-    both = {
-        "||": lambda: bool(left or right), "&&": lambda: bool(left and right),
-        "|": lambda: left | right, "^": lambda: left ^ right, "&": lambda: left & right,
-        "==": lambda: left == right, "!=": lambda: left != right,
-        "<": lambda: left < right, ">": lambda: left > right,
-        "<=": lambda: left <= right, ">=": lambda: left >= right,
-        "<<": lambda: left << right, ">>": lambda: left >> right,
-        "+": lambda: left + right, "-": lambda: left - right, "*": lambda: left * right,
-        "/": lambda: int(left / right), "%": lambda: left - right * int(left / right),
-    }  # fmt: skip
-    return int(both[operator]())
-
-
-def _vector(item: int | None, count: int) -> int | None:
-    return None if item is None else item * (4 if count == 3 else count)
-
-
-def _end(tokens: Sequence[Token], start: int) -> int:
-    """Where the bracket that opens at ``start`` closes; the end if it does not."""
-    opening = tokens[start].text
-    closing, depth = _PAIRS[opening], 0
-    for i in range(start, len(tokens)):
-        depth += (tokens[i].text == opening) - (tokens[i].text == closing)
-        if not depth:
-            return i
-    return len(tokens)
-
-
-def _angle(words: Sequence[str], start: int) -> int:
-    """Where the template arguments that open at ``start`` close; -2 if they are none."""
-    depth = parens = 0
-    for i in range(start, len(words)):
-        parens += (words[i] in "([{") - (words[i] in ")]}")
-        if parens < 0 or words[i] in (";", "&&", "||"):
-            return -2
-        if not parens:
-            depth += (words[i] == "<") - (words[i] == ">")
-            if not depth:
-                return i
-    return -2
-
-
-def _outside_angles(words: Sequence[str]) -> Iterator[int]:
-    """Where words stand that are in no template arguments."""
-    i = 0
-    while i < len(words):
-        if words[i] == "<" and (end := _angle(words, i)) > 0:
-            i = end
-        else:
-            yield i
-        i += 1
-
-
-def _top(words: Sequence[str], wanted: str) -> int | None:
-    """The first ``wanted`` that stands in no template arguments."""
-    return next((i for i in _outside_angles(words) if words[i] == wanted), None)
-
-
-def _split(tokens: Sequence[Token]) -> list[list[Token]]:
-    """The pieces between commas that stand in no bracket and no template arguments."""
-    words = [t.text for t in tokens]
-    pieces: list[list[Token]] = [[]]
-    i = 0
-    while i < len(tokens):
-        end = i
-        if words[i] in _PAIRS:
-            end = _end(tokens, i)
-        elif words[i] == "<":
-            end = max(i, _angle(words, i))
-        if words[i] == ",":
-            pieces.append([])
-        else:
-            pieces[-1] += tokens[i : end + 1]
-        i = end + 1
-    return [piece for piece in pieces if piece]
-
-
-def _template(tokens: list[Token]) -> tuple[list[list[Token]], list[Token]]:
-    parameters: list[list[Token]] = []
-    while len(tokens) > 1 and (tokens[0].text, tokens[1].text) == ("template", "<"):
-        end = _angle([t.text for t in tokens], 1)
-        parameters += _split(tokens[2:end])
-        tokens = tokens[end + 1 :]
-    return parameters, tokens
-
-
-def _default(parameter: Sequence[Token]) -> int:
-    words = [t.text for t in parameter]
-    return words.index("=") + 1 if "=" in words else len(words)
-
-
-def _declared(parameter: Sequence[Token]) -> str:
-    words = [t.text for t in parameter if not t.text.startswith("[[")]
-    for end in ("=", "["):
-        words = words[: words.index(end)] if end in words else words
-    return next((w for w in reversed(words) if _NAME.match(w)), "")
-
-
-def _type_only(words: Sequence[str]) -> bool:
-    names = [w for w in words if w not in SPECIFIERS and w not in ("*", "&", "::")]
-    return len(names) <= 2 and all(_NAME.match(w) and w not in NOT_TYPES for w in names) and (
-        bool(names) or {"unsigned", "signed"} & set(words) != set()
-    )  # fmt: skip
-
-
-def _statements(body: Sequence[Token]) -> Iterator[list[Token]]:
-    """Each statement of a function, in inner blocks too, and what ``for`` declares."""
-    start = i = 0
-    while i < len(body):
-        text = body[i].text
-        if text in "([":
-            i = _end(body, i)
-        elif text == ";":
-            yield from _simple(list(body[start:i]))
-            start = i + 1
-        elif text == "{":
-            end = _end(body, i)
-            before = body[i - 1].text if i else ";"
-            if i == start or before in (")", "else", "do", ":"):
-                yield from _simple(list(body[start:i]))
-                yield from _statements(body[i + 1 : end])
-                start = end + 1
-            elif {"struct", "union", "enum"} & {t.text for t in body[start:i]}:
-                yield from _statements(body[i + 1 : end])
-                start = end + 1
-            i = end
-        elif text == ":" and body[start].text in ("case", "default"):
-            start = i + 1
-        i += 1
-    yield from _simple(list(body[start:]))
-
-
-def _simple(tokens: list[Token]) -> Iterator[list[Token]]:
-    while tokens and tokens[0].text in ("else", "do"):
-        tokens = tokens[1:]
-    if tokens and tokens[0].text in ("for", "while", "if", "switch"):
-        opening = next((i for i, t in enumerate(tokens[:3]) if t.text == "("), None)
-        if opening is not None:
-            end = _end(tokens, opening)
-            yield from _statements(tokens[opening + 1 : end])
-            yield from _simple(tokens[end + 1 :])
-            return
-    if tokens:
-        yield tokens
-
-
-def _declaration(tokens: Sequence[Token]) -> Declaration | None:
-    tokens = [t for t in tokens if not t.text.startswith("[[")]
-    words = [t.text for t in tokens]
-    i, specifiers, kind = 0, [], ""
-    while i < len(words):
-        word = words[i]
-        if word in SPECIFIERS:
-            specifiers.append(word)
-        elif word == "alignas" and words[i + 1 : i + 2] == ["("]:
-            i = _end(tokens, i + 1)
-        elif kind or not _NAME.match(word) or word in NOT_TYPES:
-            break
-        elif word == "decltype" and words[i + 1 : i + 2] == ["("]:
-            i = _end(tokens, i + 1)
-            kind = "decltype"
-        else:
-            i, kind = _type(words, i)
-        i += 1
-    else:
-        return None
-    if not kind and not {"unsigned", "signed"} & set(specifiers):
-        return None
-    found = Declaration(tokens[0].line, specifiers, kind or "int")
-    for piece in _split(tokens[i:]):
-        if not _declarator(piece, found):
-            break
-    return found if found.names else None
-
-
-def _type(words: Sequence[str], i: int) -> tuple[int, str]:
-    start = i
-    while True:
-        if words[i + 1 : i + 2] == ["<"] and (end := _angle(words, i + 1)) > 0:
-            i = end
-        if words[i + 1 : i + 2] == ["::"] and _NAME.match("".join(words[i + 2 : i + 3])):
-            i += 2
-        else:
-            return i, "".join(words[start : i + 1])
-
-
-def _declarator(piece: list[Token], found: Declaration) -> bool:
-    words = [t.text for t in piece]
-    stars, i = "", 0
-    while i < len(words) and (words[i] in ("*", "&", "&&") or words[i] in SPECIFIERS):
-        stars += words[i] if words[i] not in SPECIFIERS else ""
-        found.specifiers += [words[i]] if words[i] in SPECIFIERS else []
-        i += 1
-    if i == len(words) or not _NAME.match(words[i]) or words[i] in NOT_TYPES:
-        return False
-    name, arrays = words[i], []
-    i += 1
-    while words[i : i + 1] == ["["]:
-        end = _end(piece, i)
-        arrays.append(piece[i + 1 : end])
-        i = end + 1
-    after = words[i] if i < len(words) else ""
-    if after not in ("", "=", "(", "{", ":"):
-        return False
-    if "&" in stars and not after:
-        return False  # an expression
-    found.called |= after == "("
-    found.names.append((name, stars, arrays, piece[i + 1 :]))
-    return True
