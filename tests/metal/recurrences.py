@@ -85,7 +85,11 @@ def convolved(history, token, conv, bias=0.0):
 
 
 def delta64(qkv, z, a, b, history, conv, a_log, dt_bias, norm, state, eps, grouped=False):
-    """One token of a gated delta net in float64; takes what ``delta_step`` does, or float64."""
+    """One token of a gated delta net in float64; takes what ``delta_step`` does, or float64.
+
+    Returns what it does, and the sizes of what makes up ``y``: where k q cancels in a new state,
+    the norm makes what is lost as large as the rest.
+    """
     qkv, z, a, b, history, conv, a_log, dt_bias, norm, state = (
         exact(x) if isinstance(x, mx.array) else x
         for x in (qkv, z, a, b, history, conv, a_log, dt_bias, norm, state)
@@ -109,10 +113,13 @@ def delta64(qkv, z, a, b, history, conv, a_log, dt_bias, norm, state, eps, group
     beta = sigmoid(b.reshape(batch, heads))[..., None]
     state = state * g[..., None]
     delta = beta * (v.reshape(batch, heads, rows) - np.einsum("bhvk,bhk->bhv", state, k))
+    summed = np.einsum("bhvk,bhk->bhv", np.abs(state), np.abs(q))
+    summed += np.abs(delta) * (np.abs(k) * np.abs(q)).sum(-1, keepdims=True)
     state = state + delta[..., None] * k[:, :, None]
     y = np.einsum("bhvk,bhk->bhv", state, q)
-    y = y / np.sqrt((y * y).mean(-1, keepdims=True) + eps) * norm
-    return (y * silu(z.reshape(y.shape))).reshape(batch, 1, -1), history, state
+    scale = norm * silu(z.reshape(y.shape)) / np.sqrt((y * y).mean(-1, keepdims=True) + eps)
+    y, summed = (part.reshape(batch, 1, -1) for part in (y * scale, summed * np.abs(scale)))
+    return y, history, state, summed
 
 
 def mamba64(projected, history, conv, bias, a_log, d, dt_bias, state, limits):
