@@ -47,7 +47,7 @@ class Kernel:
         """Put a launch into MLX's graph.
 
         Args:
-            *inputs: Contiguous arrays, and numbers, which the body sees as float or int.
+            *inputs: Contiguous arrays, and numbers, which the body sees as float.
             template: Names that the body uses for types and integers, and what they are.
             grid: Threads, not groups, in x, y and z.
             threadgroup: Threads of a group in x, y and z.
@@ -58,7 +58,7 @@ class Kernel:
         """
         launch = _built(mx.fast.metal_kernel, self)
         made: list[mx.array] = launch(
-            inputs=list(inputs),
+            inputs=[x if isinstance(x, mx.array) else _number(x) for x in inputs],
             template=list(template),
             grid=grid,
             threadgroup=threadgroup,
@@ -73,6 +73,14 @@ def sources() -> Path:
     package = Path(__file__).parents[2]
     installed = package / "custom_kernels" / "metal"
     return installed if installed.is_dir() else package.parent / "custom_kernels" / "metal"
+
+
+@functools.cache
+def _number(value: float) -> mx.array:
+    # One array for all launches: MLX would make one of every number in every call.
+    made = mx.array(float(value))
+    mx.eval(made)
+    return made
 
 
 @functools.cache
