@@ -1,0 +1,207 @@
+"""`mlx-flash selftest`: no kernel is left out, a wrong one is found, and the table can be read."""
+
+import json
+import signal
+import sys
+import types
+
+import door
+import mlx.core as mx
+import pytest
+
+from mlx_flash import kernels
+from mlx_flash.cli.selftest import Found
+from mlx_flash.kernels import trials
+from mlx_flash.kernels.trials import Case, Trial, Verdict, backends, judge
+from mlx_flash.kernels.trials.native import trials as native_trials
+
+needs_native = pytest.mark.skipif(
+    kernels.native() is None, reason="SKIPPED LOUDLY: the native kernels are not built"
+)
+
+# What the extension has besides kernels: readers, memory, settings.
+NO_KERNELS = {
+    "ExpertPool",
+    "Fetch",
+    "Files",
+    "Weights",
+    "empty_slots",
+    "isa",
+    "memory_read_bandwidth",
+    "mlx_version",
+    "set_isa",
+    "set_threads",
+    "threads",
+}
+
+
+@pytest.fixture
+def extension(monkeypatch):
+    """Let a copy of the extension stand for it, to look over its shoulder or to break it."""
+    copied = types.ModuleType("mlx_flash._native")
+    copied.__dict__.update(vars(kernels.native()))
+    monkeypatch.setitem(sys.modules, "mlx_flash._native", copied)
+    kernels._load.cache_clear()
+    yield copied
+    monkeypatch.undo()
+    kernels._load.cache_clear()
+
+
+def watch(extension, called):
+    """Note every kernel of the extension that is called."""
+
+    def watched(name, kernel):
+        def call(*given, **named):
+            called.add(name)
+            return kernel(*given, **named)
+
+        return call
+
+    for name in {n for n in vars(extension) if not n.startswith("_")} - NO_KERNELS:
+        setattr(extension, name, watched(name, getattr(extension, name)))
+
+
+@needs_native
+def test_every_native_kernel_is_tried_and_right(extension):
+    called = set()
+    wanted = {name for name in vars(extension) if not name.startswith("_")} - NO_KERNELS
+    watch(extension, called)
+    verdicts = [judge(trial, timed=False) for trial in native_trials(trials.QUICK)]
+    wrong = [(v.trial.kernel, v.error, v.fault) for v in verdicts if not v.right]
+    assert not wrong
+    assert called == wanted, "a kernel of the extension without a trial: add one"
+
+
+@needs_native
+def test_every_trial_is_of_our_kernels(extension):
+    for trial in native_trials(trials.QUICK):
+        called = set()
+        case = trial.make()
+        watch(extension, called)
+        fused = any(name in trial.kernel for name in ("experts", "block"))  # built beforehand
+        mx.eval(case.ours(*case.variants[0]))
+        assert called or fused, f"{trial.kernel} runs none"
+        called.clear()
+        mx.eval(case.stock(*case.variants[0]))
+        assert not called, f"{trial.kernel}: what it is compared with runs {called}"
+
+
+@needs_native
+def test_the_command_prints_a_table_to_paste():
+    said = door.run("selftest", "--quick")
+    assert (said.code, said.err) == (0, "")
+    lines = said.out.splitlines()
+    assert all(len(line) <= 100 for line in lines)
+    assert said.out.isascii(), "also where a terminal has no more"
+    for title in ("machine", "system", "versions", "mlx on", "right"):
+        assert any(line.startswith(title) for line in lines)
+    assert mx.__version__.split(".dev")[0] in said.out
+    for trial in native_trials(trials.QUICK):
+        rows = [line for line in lines if f"ok   {trial.kernel} " in line]
+        assert any(trial.shape in row for row in rows), trial
+    assert lines[-1].startswith("native: all right")
+    assert "--kernels native" in " ".join(lines[-2:])
+
+
+@needs_native
+def test_the_command_for_machines():
+    said = door.run("selftest", "--quick", "--json")
+    assert said.code == 0
+    facts = json.loads(said.out)
+    assert facts["right"] and facts["quick"] and facts["none"] is None
+    (native,) = facts["backends"]
+    assert native["name"] == "native"
+    assert len(native["trials"]) == len(native_trials(trials.QUICK))
+    for trial in native["trials"]:
+        assert trial["right"] and trial["fault"] is None
+        assert 0 <= trial["error"] <= trial["tolerance"]
+        assert trial["ratio"] == pytest.approx(trial["mlx_s"] / trial["ours_s"])
+        assert trial["bytes_per_s"] == pytest.approx(trial["bytes"] / trial["ours_s"])
+
+
+@needs_native
+@pytest.mark.parametrize("how", ["off by one", "raises", "nan", "another shape"])
+def test_a_wrong_kernel_is_found(extension, monkeypatch, how):
+    rule = extension.rms_norm
+
+    def broken(x, weight, eps):
+        if how == "raises":
+            raise RuntimeError("no such function\nin this library")
+        y = rule(x, weight, eps)
+        return {"off by one": y + 1, "nan": y * float("nan"), "another shape": y[..., :-1]}[how]
+
+    extension.rms_norm = broken
+    few = [t for t in native_trials(trials.QUICK) if "norm" in t.kernel]
+    monkeypatch.setattr("mlx_flash.kernels.trials.native.trials", lambda sizes: few)
+    said = door.run("selftest", "--quick")
+    assert said.code == 1
+    assert said.out.count("\nFAIL ") == 1
+    assert "\nFAIL rms norm " in said.out
+    assert "\nok   gated rms norm " in said.out
+    assert "FAIL: 1 of 3 are wrong (rms norm). Do not use --kernels native" in said.out
+    assert ("RuntimeError: no such function" in said.out) == (how == "raises")
+    facts = json.loads(door.run("selftest", "--quick", "--json").out)
+    assert not facts["right"]
+    assert [t["kernel"] for t in facts["backends"][0]["trials"] if not t["right"]] == ["rms norm"]
+
+
+def test_the_answer_is_held_to_float32_of_the_same_arguments():
+    x = mx.array([1 + 2**-7, 1e-3]).astype(mx.bfloat16)
+    seen = []
+
+    def stock(x):
+        seen.append((x.dtype, mx.default_device().type))
+        return 3 * x
+
+    case = Case(lambda x: 3 * x, stock, [(x,)], 4)
+    verdict = judge(Trial("thrice", "2", mx.bfloat16, lambda: case), timed=False)
+    assert seen == [(mx.float32, mx.cpu)]
+    assert verdict.right and 0 < verdict.error < 2**-7
+    rounded = Case(lambda x: 3 * x.astype(mx.bfloat16), lambda x: 3 * x, [(mx.array([0.3]),)], 4)
+    assert not judge(Trial("thrice", "1", mx.float32, lambda: rounded), timed=False).right
+
+
+def test_advice_follows_the_figures():
+    trial = Trial("kernel", "1", mx.float32, lambda: None)
+    backend = backends.Backend("metal", "a GPU", lambda sizes: [])
+
+    def advice(*times, error=0.0):
+        verdicts = [Verdict(trial, error, ours, stock, 1) for ours, stock in times]
+        return Found(backend, verdicts).advice
+
+    assert advice((1, 3), (1, 2), (2, 1)) == (
+        "metal: all right, 2 of 3 faster than MLX's own, 2.0x in the middle; "
+        "--kernels metal pays here."
+    )
+    assert "--kernels reference is better here" in advice((2, 1), (3, 1), (1, 2))
+    assert advice((1, 9), error=1.0).startswith("FAIL: 1 of 1 are wrong (kernel).")
+    assert advice((1, 9), error=float("nan")).startswith("FAIL: 1 of 1 are wrong (kernel).")
+
+
+def test_where_there_are_no_kernels_it_says_why(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlx_flash._native", None)
+    kernels._load.cache_clear()
+    try:
+        said = door.run("selftest")
+        facts = json.loads(door.run("selftest", "--json").out)
+    finally:
+        monkeypatch.undo()
+        kernels._load.cache_clear()
+    assert said.code == 0
+    assert "No kernels but MLX's own here: they were not built" in said.out
+    assert facts["backends"] == [] and "not built" in facts["none"]
+
+
+@needs_native
+def test_an_interrupt_leaves_the_table_so_far():
+    process = door.start("selftest")
+    try:
+        with pytest.raises(door.subprocess.TimeoutExpired):
+            process.wait(5)
+        process.send_signal(signal.SIGINT)
+        said = door.finish(process)
+    finally:
+        process.kill()
+    assert said.code == 130
+    assert "interrupted" in said.err and "Traceback" not in said.err
+    assert "\nok   experts 2 bit" in said.out
