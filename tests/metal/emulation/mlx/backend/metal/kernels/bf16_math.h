@@ -1,0 +1,2 @@
+// The emulated library takes bfloat by itself.
+#pragma once

@@ -1,0 +1,2 @@
+// Nothing that is run here logs.
+#pragma once
