@@ -64,9 +64,9 @@ def supports(switch: nn.Module) -> bool:
     A subclass may have a forward of its own, and one that carries more than projections and an
     activation is more than they compute.
     """
-    if _activation(switch) is None:
+    if activation_of(switch) is None:
         return False
-    projections = [p for p in _projections(switch) if p is not None]
+    projections = [p for p in projections_of(switch) if p is not None]
     own = switch.keys() - {"activation"}  # parts and arrays
     return len(own) == len(projections) and all(map(supports_weights, projections))
 
@@ -102,22 +102,23 @@ def weights_of(module: Any, native: ModuleType) -> Any:
 
 def experts_of(switch: nn.Module, native: ModuleType, pool: Any = None) -> Any:
     """A switch layer, or a gated MLP of one expert, as the extension's ``Experts``."""
-    kind = _activation(switch)
+    kind = activation_of(switch)
     if kind is None:
         raise TypeError(f"no native experts for {type(switch).__name__}")
-    gate, up, down = (None if p is None else weights_of(p, native) for p in _projections(switch))
+    gate, up, down = (None if p is None else weights_of(p, native) for p in projections_of(switch))
     activation, limit, alpha = kind
     return native.Experts(gate, up, down, activation, limit, alpha, pool)
 
 
-def _projections(switch: Any) -> tuple[Any, Any, Any]:
+def projections_of(switch: Any) -> tuple[Any, Any, Any]:
+    """Gate, or None where there is none, up and down of a switch layer or gated MLP."""
     if isinstance(switch, SwitchMLP):
         return None, switch.fc1, switch.fc2
     return switch.gate_proj, switch.up_proj, switch.down_proj
 
 
-def _activation(switch: Any) -> Kind | None:
-    """Of a layer whose forward is known; None if there is no native one."""
+def activation_of(switch: Any) -> Kind | None:
+    """Of a layer whose forward is known; None if no kernel has it."""
     if type(switch) in MLPS:
         return MLPS[type(switch)]
     known = ACTIVATIONS.get(type(switch), {})
