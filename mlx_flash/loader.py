@@ -19,6 +19,7 @@ from .errors import UntestedModelWarning
 from .hub import resolve
 from .kernels.dense_switch import needs_dense, use_dense
 from .kernels.experts import NativeSwitch
+from .kernels.metal import experts as metal
 from .opening import LazyModel, open_lazily, open_tokenizer
 from .streaming.layers import LayerRing, as_streamed_layer
 from .streaming.model import StreamedModel, as_streamed
@@ -27,7 +28,7 @@ from .streaming.plan import (
 )
 from .streaming.reader import NativeReader
 from .streaming.store import ExpertStore, NativeStore, Store
-from .streaming.switch import StreamedSwitch
+from .streaming.switch import StreamedSum, StreamedSwitch
 from .weights import Progress, give_ring, give_slots, read_residents
 
 
@@ -65,7 +66,7 @@ def load(
         context: Tokens of context that the budget leaves room for.
         prefill_step_size: Most prompt tokens to compute at a time.
         read_threads: Reads in flight.
-        kernels: Who computes: ``native``, ``reference`` or ``auto``.
+        kernels: Who computes: ``native``, ``reference``, ``metal`` or ``auto``.
         threads: Threads that compute, with native kernels. None: one per core.
         revision: Branch, tag or commit of a Hub repository.
         tokenizer_config: As in ``mlx_lm.load``.
@@ -139,7 +140,7 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
         layers = NativeReader(reader, paths) if pools is not None else reader
         ring = give_ring(lazy, decided, layers, extension)
         read_residents(lazy, decided, knobs, paths, extension, progress)
-        _swap(lazy, stores, extension)
+        _swap(lazy, stores, extension, computing.on_metal(knobs))
         if ring is not None:
             _take_turns(lazy, decided, ring)
     except BaseException:
@@ -148,7 +149,9 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
     return as_streamed(lazy.model, decided, reader, tuple(stores.values()), ring)
 
 
-def _swap(lazy: LazyModel, stores: Mapping[str, Store], extension: ModuleType | None) -> None:
+def _swap(
+    lazy: LazyModel, stores: Mapping[str, Store], extension: ModuleType | None, on_metal: bool
+) -> None:
     """Replace switch layers by what computes on slots, and what else has a kernel."""
     swapped: list[tuple[str, nn.Module]] = []
     for path, switch in lazy.switches.items():
@@ -159,13 +162,20 @@ def _swap(lazy: LazyModel, stores: Mapping[str, Store], extension: ModuleType | 
             continue
         if extension is not None:
             switch = NativeSwitch(switch, extension)
+        elif on_metal and metal.supports(switch):
+            switch = metal.MetalSwitch(switch)
         elif needs_dense(switch):
             use_dense(switch)
         if isinstance(store, (ExpertStore, NativeStore)):
-            swapped.append((path, StreamedSwitch(switch, store)))
+            streamed = StreamedSum if hasattr(switch, "weighted") else StreamedSwitch
+            swapped.append((path, streamed(switch, store)))
+        elif switch is not lazy.switches[path]:
+            swapped.append((path, switch))
     lazy.model.update_modules(tree_unflatten(swapped))
     if extension is not None:
         lazy.architecture.use_kernels(lazy.model, extension)
+    if on_metal:
+        lazy.architecture.use_metal(lazy.model)
 
 
 def _take_turns(lazy: LazyModel, decided: Plan, ring: LayerRing) -> None:

@@ -1,7 +1,9 @@
 """`mlx-flash selftest`: no kernel is left out, a wrong one is found, and the table can be read."""
 
+import contextlib
 import json
 import signal
+import subprocess
 import sys
 import types
 
@@ -195,13 +197,10 @@ def test_where_there_are_no_kernels_it_says_why(monkeypatch):
 @needs_native
 def test_an_interrupt_leaves_the_table_so_far():
     process = door.start("selftest")
-    try:
-        with pytest.raises(door.subprocess.TimeoutExpired):
-            process.wait(5)
-        process.send_signal(signal.SIGINT)
-        said = door.finish(process)
-    finally:
-        process.kill()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
+    process.send_signal(signal.SIGINT)
+    said = door.finish(process)
     assert said.code == 130
     assert "interrupted" in said.err and "Traceback" not in said.err
     assert "\nok   experts 2 bit" in said.out
