@@ -1,15 +1,15 @@
 """`mlx-flash selftest`: no kernel is left out, a wrong one is found, and the table can be read."""
 
-import contextlib
 import json
+import os
 import signal
-import subprocess
 import sys
 import types
 
 import door
 import mlx.core as mx
 import pytest
+from test_interrupt import wait_for
 
 from mlx_flash import kernels
 from mlx_flash.cli.selftest import Found
@@ -196,11 +196,18 @@ def test_where_there_are_no_kernels_it_says_why(monkeypatch):
 
 @needs_native
 def test_an_interrupt_leaves_the_table_so_far():
-    process = door.start("selftest")
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(5)
+    ours, theirs = os.openpty()
+    process = door.start("selftest", stderr=theirs, env={"TERM": "xterm", "COLUMNS": "80"})
+    os.close(theirs)
+    wait_for(ours, b"  2 %")
     process.send_signal(signal.SIGINT)
-    said = door.finish(process)
-    assert said.code == 130
-    assert "interrupted" in said.err and "Traceback" not in said.err
-    assert "\nok   experts 2 bit" in said.out
+    out = process.stdout.read()
+    code = process.wait(door.PATIENCE_S)
+    terminal = os.read(ours, 1 << 16)
+    os.close(ours)
+    process.stdout.close()
+    process.stdin.close()
+    assert code == 130
+    assert "\nok   experts 2 bit" in out
+    assert b"not every kernel was tried" in terminal and b"Traceback" not in terminal
+    assert b"\x1b[?25h" in terminal, "the cursor is hidden for good"
