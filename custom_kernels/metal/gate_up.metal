@@ -1,6 +1,7 @@
 // The first half of routed experts: h[t,k,:] = f(G[slots[t,k]] x[t] + b, U[slots[t,k]] x[t] + c),
 // or f(U x + c) where experts have no gate. f and its limit and alpha: activations.h.
 //   x [T,D] -> h [T,K,I]; gate and up [S,I,D] quantized (dequantize.h), their linear bias [S,I].
+//   A dense MLP, [I,D], is one expert in slot 0.
 // Bytes: T K I rows of D weights, twice if gated, and little else. Of Qwen3.5-35B-A3B (D 2048,
 // I 512, K 8, 4 bit, groups of 64) 9.4 MB a token; operations 4 a weight, half of them fma.
 //
@@ -14,7 +15,7 @@ constexpr int TEAMS = 32 / LANES;
 constexpr int TILE = ROWS * TEAMS;
 
 const int inner = x_shape[1];
-const int rows = up_shape[1];
+const int rows = up_shape[up_ndim - 2];
 const int chunks = inner / CHUNK;
 const uint row_words = uint(chunks) * BITS;
 const uint row_groups = uint(inner / GROUP);

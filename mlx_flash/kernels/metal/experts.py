@@ -4,14 +4,15 @@ The references are mlx-lm's ``SwitchGLU`` and ``SwitchMLP`` and the sum that a M
 its top_k. Prompts stay with MLX's kernels, which multiply by many tokens at once.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+from mlx_lm.models.qwen3_next import Qwen3NextMLP
 
-from ..experts import AFFINE_BITS, FLOATS, Kind, activation_of, projections_of
+from ..experts import AFFINE_BITS, FLOATS, MLPS, QUANTIZED, Kind, activation_of, projections_of
 from . import SIMD, Kernel
 
 DECODE_TOKENS = 8
@@ -60,7 +61,8 @@ def gate_up(x: mx.array, slots: mx.array, gate: Any, up: Any, kind: Kind) -> mx.
     Args:
         x: [T, D] of float32, float16 or bfloat16.
         slots: [T, K] uint32, into the first axis of the weights.
-        gate: A quantized switch layer [S, I, D] that ``supports`` takes, or None.
+        gate: A quantized switch layer [S, I, D] that ``supports`` takes, or None. A linear layer
+            [I, D] is one expert.
         up: Another, quantized in the same way.
         kind: The activation, its limit and its alpha.
 
@@ -69,7 +71,7 @@ def gate_up(x: mx.array, slots: mx.array, gate: Any, up: Any, kind: Kind) -> mx.
     """
     name, limit, alpha = kind
     tokens, top_k = slots.shape
-    rows = up.weight.shape[1]
+    rows = up.weight.shape[-2]
     lanes = lanes_for(x.shape[-1])
     each = 4 if gate is None or lanes == SIMD else 2
     tile = SIMDGROUPS * each * (SIMD // lanes)
@@ -269,6 +271,31 @@ class MetalSwitch(nn.Module):
         return y.reshape(x.shape)
 
 
+class MetalMLP(Qwen3NextMLP):
+    """``mlx_lm.models.qwen3_next.Qwen3NextMLP``, the shared experts of Qwen3.5 too.
+
+    For one token; with more, MLX reads the weights fewer times.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # x: [..., D] -> [..., D]
+        y: mx.array
+        if x.size != x.shape[-1] or x.dtype not in FLOATS:
+            y = super().__call__(x)
+            return y
+        h = gate_up(_rows(x), _slot_zero(), self.gate_proj, self.up_proj, MLPS[Qwen3NextMLP])
+        y = self.down_proj(h.reshape(*x.shape[:-1], -1))
+        return y
+
+
+def supports_mlp(mlp: nn.Module) -> bool:
+    """Whether ``MetalMLP`` can stand for this layer: a ``Qwen3NextMLP``, gate and up quantized."""
+    if type(mlp) is not Qwen3NextMLP:
+        return False
+    gate, up, _ = projections_of(mlp)
+    return all(map(_supported, (gate, up))) and _alike(gate, up)
+
+
 def supports(switch: nn.Module) -> bool:
     """Whether the kernels take this switch layer as it is.
 
@@ -277,7 +304,7 @@ def supports(switch: nn.Module) -> bool:
     and up in the same way.
     """
     kind = activation_of(switch)
-    if kind is None or kind[0] not in ACTIVATIONS:
+    if kind is None or kind[0] not in ACTIVATIONS or type(switch) in MLPS:
         return False
     gate, up, down_proj = projections_of(switch)
     parts = [p for p in (gate, up, down_proj) if p is not None]
@@ -287,9 +314,9 @@ def supports(switch: nn.Module) -> bool:
 
 
 def _supported(projection: Any) -> bool:
-    if type(projection) is not QuantizedSwitchLinear:
+    if type(projection) not in QUANTIZED:
         return False
-    if projection.get("global_scale") is not None or projection.weight.shape[1] < MIN_ROWS:
+    if projection.get("global_scale") is not None or projection.weight.shape[-2] < MIN_ROWS:
         return False
     if projection.mode == "affine":
         return projection.bits in AFFINE_BITS and projection.scales.dtype in FLOATS
@@ -325,6 +352,13 @@ def _arrays(projection: Any) -> tuple[mx.array, mx.array, mx.array, mx.array]:
 def _decodes(x: mx.array, indices: mx.array) -> bool:
     tokens = x.size // x.shape[-1]
     return 0 < tokens <= DECODE_TOKENS and x.shape[:-1] == indices.shape[:-1] and x.dtype in FLOATS
+
+
+@functools.cache
+def _slot_zero() -> mx.array:
+    slots = mx.zeros((1, 1), mx.uint32)
+    mx.eval(slots)  # every thread may use it
+    return slots
 
 
 def _rows(x: mx.array) -> mx.array:
