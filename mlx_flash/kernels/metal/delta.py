@@ -49,13 +49,13 @@ def delta_step(
     inputs and ``y`` is float32, also where mlx-lm rounds to the activations' dtype.
 
     Args:
-        qkv: [B, 1, 2 Hk Dk + Hv Dv], float32, float16 or bfloat16, as are z, a, b, history, conv.
+        qkv: [B, 1, 2 Hk Dk + Hv Dv], float32, float16 or bfloat16, as are z, a, b and history.
         z: The gate of the norm: [B, 1, Hv, Dv], or with the last two axes as one.
         a: [B, 1, Hv]
         b: [B, 1, Hv]
         history: The rows before ``qkv``: [B, taps - 1, channels].
-        conv: [channels, taps, 1]
-        a_log: [Hv], any of the dtypes, as are dt_bias and norm.
+        conv: [channels, taps, 1], any of the dtypes, as are a_log, dt_bias and norm.
+        a_log: [Hv]
         dt_bias: [Hv]
         norm: The norm's weight: [Dv].
         state: [B, Hv, Dv, Dk] float32, in sizes that ``state_fits`` takes.
@@ -81,7 +81,8 @@ def delta_step(
     y, new_history, new_state = launch(
         *(qkv, z, a, b, history, conv, a_log, dt_bias, norm, eps, state),
         template=[
-            *(("T", dtype), ("LogT", a_log.dtype), ("BiasT", dt_bias.dtype), ("NormT", norm.dtype)),
+            *(("T", dtype), ("ConvT", conv.dtype), ("LogT", a_log.dtype)),
+            *(("BiasT", dt_bias.dtype), ("NormT", norm.dtype)),
             *(("Hk", _key_heads(channels, state)), ("Hv", heads), ("Dk", row), ("Dv", rows)),
             *(("TAPS", taps), ("SIMDS", simds), ("GROUPED", grouped)),
         ],
@@ -157,6 +158,8 @@ def supports(net: Any) -> bool:
 class MetalGatedDeltaNet(GatedDeltaNet):
     """``mlx_lm.models.qwen3_5.GatedDeltaNet``, which still computes what is not a decode step."""
 
+    step = staticmethod(delta_step)
+
     def __call__(
         self, inputs: mx.array, mask: mx.array | None = None, cache: Any | None = None
     ) -> mx.array:
@@ -177,6 +180,8 @@ class MetalQwen3NextGatedDeltaNet(Qwen3NextGatedDeltaNet):
 
     The kernel reads the projections as they come, without the copies that sort them.
     """
+
+    step = staticmethod(delta_step)
 
     def __call__(
         self, inputs: mx.array, mask: mx.array | None = None, cache: Any | None = None
@@ -207,7 +212,8 @@ def _step(
 ) -> mx.array:
     # -> [B, 1, Hv Dv]
     sizes = (qkv.shape[0], net.num_v_heads, net.head_v_dim, net.head_k_dim)
-    y, history, state = delta_step(
+    y: mx.array
+    y, history, state = net.step(
         *(qkv, z, a, b, history_of(cache, net.conv1d, qkv), net.conv1d.weight),
         *(net.A_log, net.dt_bias, net.norm.weight, state_of(cache, *sizes), net.norm.eps),
         grouped,

@@ -45,11 +45,11 @@ def mamba2_step(
 
     Args:
         projected: What ``in_proj`` gives: [B, 1, gate | x, B, C | dt], which are H Dh,
-            H Dh + 2 G Ds and H elements; float32, float16 or bfloat16, as are history and conv.
+            H Dh + 2 G Ds and H elements; float32, float16 or bfloat16, as is history.
         history: What the convolution took before: [B, taps - 1, H Dh + 2 G Ds].
-        conv: [H Dh + 2 G Ds, taps, 1]
-        bias: Of the convolution: [H Dh + 2 G Ds], any of the dtypes. None: it has none.
-        a_log: [H], any of the dtypes, as are d and dt_bias.
+        conv: [H Dh + 2 G Ds, taps, 1], any of the dtypes, as are bias, a_log, d and dt_bias.
+        bias: Of the convolution: [H Dh + 2 G Ds]. None: it has none.
+        a_log: [H]
         d: [H]
         dt_bias: [H]
         state: [B, H, Dh, Ds] float32, in sizes that ``state_fits`` takes.
@@ -73,8 +73,8 @@ def mamba2_step(
     y, new_history, new_state = launch(
         *(projected, history, conv, of_bias, a_log, d, dt_bias, *limits, state),
         template=[
-            *(("T", dtype), ("ConvT", of_bias.dtype), ("LogT", a_log.dtype)),
-            *(("SkipT", d.dtype), ("BiasT", dt_bias.dtype)),
+            *(("T", dtype), ("ConvT", conv.dtype), ("ConvBiasT", of_bias.dtype)),
+            *(("LogT", a_log.dtype), ("SkipT", d.dtype), ("BiasT", dt_bias.dtype)),
             *(("H", heads), ("G", _groups(channels, state)), ("Dh", rows), ("Ds", row)),
             *(("TAPS", taps), ("SIMDS", simds), ("BIASED", bias is not None)),
         ],
@@ -146,6 +146,8 @@ def supports(mixer: Any) -> bool:
 class MetalMamba2Mixer(NemotronHMamba2Mixer):
     """``mlx_lm.models.nemotron_h.NemotronHMamba2Mixer``, which still computes prompts."""
 
+    step = staticmethod(mamba2_step)
+
     def __call__(
         self, hidden_states: mx.array, mask: mx.array | None = None, cache: Any | None = None
     ) -> mx.array:
@@ -157,7 +159,7 @@ class MetalMamba2Mixer(NemotronHMamba2Mixer):
             return y
         projected = self.in_proj(hidden_states)
         sizes = (projected.shape[0], self.num_heads, self.head_dim, self.ssm_state_size)
-        mixed, history, state = mamba2_step(
+        mixed, history, state = self.step(
             projected,
             history_of(cache, self.conv1d, projected),
             self.conv1d.weight,
@@ -167,12 +169,13 @@ class MetalMamba2Mixer(NemotronHMamba2Mixer):
             self.time_step_limit,
         )
         keep(cache, history, state)
-        norm = self.norm
-        normed = norm_door.group_norm(
-            mixed, None, norm.weight, norm.eps, norm.group_size, projected.dtype
-        )
-        y = self.out_proj(normed)
+        y = self.out_proj(self.normed(mixed, projected.dtype))
         return y
+
+    def normed(self, x: mx.array, dtype: mx.Dtype) -> mx.array:
+        """What the output projection takes, of what ``step`` gives: [B, 1, H Dh] in ``dtype``."""
+        norm = self.norm
+        return norm_door.group_norm(x, None, norm.weight, norm.eps, norm.group_size, dtype)
 
 
 def use_metal(model: nn.Module) -> None:
