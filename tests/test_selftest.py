@@ -14,7 +14,7 @@ from test_interrupt import wait_for
 from mlx_flash import kernels
 from mlx_flash.cli.selftest import Found
 from mlx_flash.kernels import trials
-from mlx_flash.kernels.trials import Case, Trial, Verdict, backends, judge
+from mlx_flash.kernels.trials import Case, Trial, Verdict, backends, judge, seconds
 from mlx_flash.kernels.trials.native import trials as native_trials
 
 needs_native = pytest.mark.skipif(
@@ -163,9 +163,33 @@ def test_the_answer_is_held_to_float32_of_the_same_arguments():
     assert not judge(Trial("thrice", "1", mx.float32, lambda: rounded), timed=False).right
 
 
+def test_on_a_gpu_each_call_waits_for_the_one_before():
+    seen = []
+
+    def call(x, one):
+        seen.append(x)
+        return x * one, one
+
+    variants = [(mx.array([float("inf")]), mx.array(1)), (mx.ones((2, 3)), mx.array(1))]
+    assert seconds(call, variants, linked=False) > 0
+    assert all(not mx.isnan(x).any() for x in seen), "calls of their own"
+    seen.clear()
+    assert seconds(call, variants, linked=True) > 0
+    after = [x for x in seen if x.size == 6]
+    assert after and all(mx.isnan(x).all() for x in after), "0 * inf of the call before"
+
+
+@needs_native
+def test_every_trial_can_be_timed_in_a_chain():
+    for trial in native_trials(trials.QUICK)[::3]:
+        case = trial.make()
+        for call in (case.ours, case.stock):
+            assert seconds(call, case.variants[:1], linked=True) > 0
+
+
 def test_advice_follows_the_figures():
     trial = Trial("kernel", "1", mx.float32, lambda: None)
-    backend = backends.Backend("metal", "a GPU", lambda sizes: [])
+    backend = backends.Backend("metal", "--kernels metal", "a GPU", lambda sizes: [])
 
     def advice(*times, error=0.0):
         verdicts = [Verdict(trial, error, ours, stock, 1) for ours, stock in times]
@@ -175,7 +199,7 @@ def test_advice_follows_the_figures():
         "metal: all right, 2 of 3 faster than MLX's own, 2.0x in the middle; "
         "--kernels metal pays here."
     )
-    assert "--kernels reference is better here" in advice((2, 1), (3, 1), (1, 2))
+    assert "MLX's own are better here" in advice((2, 1), (3, 1), (1, 2))
     assert advice((1, 9), error=1.0).startswith("FAIL: 1 of 1 are wrong (kernel).")
     assert advice((1, 9), error=float("nan")).startswith("FAIL: 1 of 1 are wrong (kernel).")
 

@@ -80,17 +80,16 @@ class Found:
         if self.wrong:
             kernels = ", ".join(dict.fromkeys(v.trial.kernel for v in self.wrong))
             return (
-                f"FAIL: {len(self.wrong)} of {tried} are wrong ({kernels}). Do not use --kernels "
-                f"{name}, but --kernels reference; please report this with the table."
+                f"FAIL: {len(self.wrong)} of {tried} are wrong ({kernels}). Do not use "
+                f"{self.backend.turned_on}; please report this with the table."
             )
         ratios = [v.ratio for v in self.verdicts if v.ratio is not None]
         if not ratios:
             return f"{name}: nothing was tried."
         faster, middle = sum(r > 1 for r in ratios), statistics.median(ratios)
         how_fast = f"{faster} of {tried} faster than MLX's own, {_times(middle)} in the middle"
-        better = (
-            f"--kernels {name} pays here" if middle > 1 else "--kernels reference is better here"
-        )
+        pays = f"{self.backend.turned_on} pays here"
+        better = pays if middle > 1 else "MLX's own are better here"
         return f"{name}: all right, {how_fast}; {better}."
 
 

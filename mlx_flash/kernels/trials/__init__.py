@@ -148,7 +148,8 @@ def judge(trial: Trial, timed: bool = True) -> Verdict:
     off = max(_error(a, b) for a, b in zip(got, want, strict=True))
     if not timed:
         return Verdict(trial, off, nbytes=case.nbytes)
-    ours_s, stock_s = (_seconds(call, case.variants) for call in (case.ours, case.stock))
+    linked = mx.default_device() != mx.cpu
+    ours_s, stock_s = (seconds(call, case.variants, linked) for call in (case.ours, case.stock))
     return Verdict(trial, off, ours_s, stock_s, case.nbytes)
 
 
@@ -227,19 +228,25 @@ def _error(got: mx.array, want: mx.array) -> float:
     return float(np.abs(a - b).max(initial=0) / max(np.abs(b).max(initial=0), 1e-30))
 
 
-def _seconds(call: Call, variants: Sequence[tuple[mx.array, ...]]) -> float:
-    """Median seconds of one call among others of its kind."""
-    on_gpu = mx.default_device() != mx.cpu
-    _chain_s(call, variants[:1], on_gpu)  # what is compiled on the way does not count
-    once = _chain_s(call, variants[:1], on_gpu)
-    calls = CHAIN if on_gpu else len(variants)
+def seconds(call: Call, variants: Sequence[tuple[mx.array, ...]], linked: bool) -> float:
+    """Median seconds of one call among others of its kind.
+
+    Args:
+        call: What is timed.
+        variants: Its arguments, one call after the other, from the first again.
+        linked: Whether each call waits for the one before, as in a model. A GPU would overlap
+            them, a CPU does not; what the waiting itself takes is measured and left out.
+    """
+    _chain_s(call, variants[:1], linked)  # what is compiled on the way does not count
+    once = _chain_s(call, variants[:1], linked)
+    calls = CHAIN if linked else len(variants)
     calls = max(1, min(calls, int(BUDGET_S / once)))
     chain = [variants[i % len(variants)] for i in range(calls)]
     least, most = REPETITIONS
     repetitions = min(max(int(BUDGET_S / once / calls), least), most)
-    taken = statistics.median(_chain_s(call, chain, on_gpu) for _ in range(repetitions))
-    if on_gpu:
-        bare = statistics.median(_chain_s(_nothing, chain, on_gpu) for _ in range(most))
+    taken = statistics.median(_chain_s(call, chain, linked) for _ in range(repetitions))
+    if linked:
+        bare = statistics.median(_chain_s(_nothing, chain, linked) for _ in range(most))
         taken -= min(bare, 0.9 * taken)
     return taken / calls
 
@@ -249,10 +256,7 @@ def _nothing(x: mx.array, *_: mx.array) -> mx.array:
 
 
 def _chain_s(call: Call, chain: Sequence[tuple[mx.array, ...]], linked: bool) -> float:
-    """Seconds from a graph that is built to its last answer.
-
-    Linked, each call waits for the one before, as in a model: a GPU would overlap them.
-    """
+    """Seconds from a graph that is built to its last answer."""
     answers: list[mx.array] = []
     for x, *rest in chain:
         if linked and answers:

@@ -2,35 +2,23 @@
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models import gated_delta as stock_delta
 from mlx_lm.models import ssm as stock_ssm
 from mlx_lm.models.cache import ArraysCache, KVCache
 from mlx_lm.models.nemotron_h import MambaRMSNormGated
 from mlx_lm.models.qwen3_5 import DecoderLayer, TextModelArgs
 from mlx_lm.models.qwen3_next import Qwen3NextMLP, Qwen3NextRMSNormGated
-from mlx_lm.models.switch_layers import SwitchGLU, SwitchLinear, SwitchMLP
+from mlx_lm.models.switch_layers import SwitchLinear
 
 from .. import linear, mlp, native, norm, qwen3_5
-from ..experts import AFFINE_BITS, MODES, NativeSwitch
-from . import Case, Form, Sizes, Trial, filled, in_float32, normal, routes, weight_bytes
+from ..experts import NativeSwitch
+from . import Case, Form, Sizes, Trial, cases, filled, normal, routes, weight_bytes
 
-FORMS: dict[str, Form] = {
-    **{f"{bits} bit": {"bits": bits, "group_size": 64} for bits in AFFINE_BITS},
-    **{
-        mode: {"bits": form[0], "group_size": form[1], "mode": mode}
-        for mode, form in MODES.items()
-        if form is not None
-    },
-    "dense": None,
-}
-COMMON = ("4 bit", "mxfp4")  # published checkpoints: tried in bfloat16 and on prompts too
-CALLS = 4  # of one chain, each on experts of its own
 TAPS = 4
 EPS = 1e-6
 
@@ -49,77 +37,49 @@ def trials(sizes: Sizes) -> list[Trial]:
 
 def _experts(s: Sizes) -> Iterator[Trial]:
     shape = f"{s.top_k} of {s.experts}, {s.hidden}x{s.middle}"
-    for name, form in FORMS.items():
-        make = functools.partial(_switch_case, s, form, 1)
+    for name, form in cases.FORMS.items():
+        make = functools.partial(cases.experts, s, form, 1, mx.float32, _switch)
         yield Trial(f"experts {name}", shape, mx.float32, make)
-    for name in COMMON:
-        make = functools.partial(_switch_case, s, FORMS[name], 1, dtype=mx.bfloat16)
+    for name in cases.COMMON:
+        make = functools.partial(cases.experts, s, cases.FORMS[name], 1, mx.bfloat16, _switch)
         yield Trial(f"experts {name}", shape, mx.bfloat16, make)
-        make = functools.partial(_switch_case, s, FORMS[name], s.prompt)
+        make = functools.partial(cases.experts, s, cases.FORMS[name], s.prompt, mx.float32, _switch)
         yield Trial(f"experts {name}", f"{s.prompt} rows, {shape}", mx.float32, make)
-    make = functools.partial(_switch_case, s, FORMS["mxfp4"], 1, gated=False)
-    yield Trial("experts relu2 mxfp4", shape, mx.float32, make)
-
-
-def _switch_case(
-    s: Sizes, form: Form, rows: int, dtype: mx.Dtype = mx.float32, gated: bool = True
-) -> Case:
-    if gated:
-        switch = SwitchGLU(s.hidden, s.middle, s.experts)
-    else:
-        switch = SwitchMLP(s.hidden, s.middle, s.experts, activation=nn.ReLU2())
-    switch = filled(switch, form, dtype, s.experts)
-    ours = NativeSwitch(switch, _kernels())
-
-    def weighted(switch: Any, x: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
-        y: mx.array = (switch(x, indices) * scores[..., None]).sum(axis=-2)
-        return y
-
-    variants = [
-        (
-            normal(i, 1, rows, s.hidden, dtype=dtype),
-            routes(i, rows, s),
-            mx.softmax(normal(i + 50, 1, rows, s.top_k, dtype=dtype), axis=-1),
-        )
-        for i in range(CALLS)
-    ]
-    read = len(np.unique(np.array(variants[0][1])))
-    return Case(
-        ours.weighted,
-        functools.partial(weighted, switch),
-        variants,
-        weight_bytes(switch, read / s.experts),
-        functools.partial(weighted, in_float32(switch)),
+    make = functools.partial(
+        cases.experts, s, cases.FORMS["mxfp4"], 1, mx.float32, _switch, gated=False
     )
+    yield Trial("experts relu2 mxfp4", shape, mx.float32, make)
 
 
 def _linears(s: Sizes) -> Iterator[Trial]:
     shape = f"{s.hidden}x{s.hidden}"
-    for name, form in FORMS.items():
+    for name, form in cases.FORMS.items():
         make = functools.partial(_linear_case, s, form, 1)
         yield Trial(f"linear {name}", shape, mx.float32, make)
-    for name in (*COMMON, "dense"):
-        make = functools.partial(_linear_case, s, FORMS[name], 1, mx.bfloat16)
+    for name in (*cases.COMMON, "dense"):
+        make = functools.partial(_linear_case, s, cases.FORMS[name], 1, mx.bfloat16)
         yield Trial(f"linear {name}", shape, mx.bfloat16, make)
-        make = functools.partial(_linear_case, s, FORMS[name], s.prompt)
+        make = functools.partial(_linear_case, s, cases.FORMS[name], s.prompt)
         yield Trial(f"linear {name}", f"{s.prompt} rows, {shape}", mx.float32, make)
     shape = f"{s.top_k} of {s.experts}, {s.hidden}x{s.middle}"
-    for name in (*COMMON, "dense"):
-        make = functools.partial(_gathered_case, s, FORMS[name])
+    for name in (*cases.COMMON, "dense"):
+        make = functools.partial(_gathered_case, s, cases.FORMS[name])
         yield Trial(f"gathered {name}", shape, mx.float32, make)
 
 
 def _linear_case(s: Sizes, form: Form, rows: int, dtype: mx.Dtype = mx.float32) -> Case:
     stock = filled(nn.Sequential(nn.Linear(s.hidden, s.hidden, bias=False)), form, dtype)
-    variants = [(normal(i, 1, rows, s.hidden, dtype=dtype),) for i in range(CALLS)]
-    return _module_case(stock, linear, variants, weight_bytes(stock))
+    variants = [(normal(i, 1, rows, s.hidden, dtype=dtype),) for i in range(cases.CALLS)]
+    return cases.module(stock, linear.use_native, variants, weight_bytes(stock))
 
 
 def _gathered_case(s: Sizes, form: Form) -> Case:
     stacked = SwitchLinear(s.hidden, s.middle, s.experts, bias=False)
     stock = filled(_Stack(stacked), form, mx.float32, s.experts)
-    variants = [(normal(i, 1, 1, 1, 1, s.hidden), routes(i, 1, s)) for i in range(CALLS)]
-    return _module_case(stock, linear, variants, weight_bytes(stock, s.top_k / s.experts))
+    variants = [(normal(i, 1, 1, 1, 1, s.hidden), routes(i, 1, s)) for i in range(cases.CALLS)]
+    return cases.module(
+        stock, linear.use_native, variants, weight_bytes(stock, s.top_k / s.experts)
+    )
 
 
 class _Stack(nn.Module):
@@ -145,53 +105,43 @@ def _small(s: Sizes) -> Iterator[Trial]:
         yield Trial(name, wide, mx.float32, functools.partial(_norm_case, s, module, takes))
     yield Trial("gated mlp", f"{s.hidden}x{s.middle}", mx.float32, lambda: _mlp_case(s))
     gate = (normal(i, 1, s.heads, s.head_dim) for i in (1, 2))
-    yield _function(
+    yield cases.function(
         "sigmoid gate",
         f"{s.heads}x{s.head_dim}",
         lambda x, z: _kernels().sigmoid_gate(x, z),
         lambda x, z: x * mx.sigmoid(z),
         *gate,
     )
-    yield _function(
+    yield cases.function(
         "router",
         f"{s.top_k} of {4 * s.experts}",
-        lambda logits: _dense(logits, *_kernels().softmax_topk(logits, s.top_k, True)),
-        lambda logits: _dense(logits, *_stock_topk(logits, s.top_k)),
+        lambda logits: cases.dense(logits, *_kernels().softmax_topk(logits, s.top_k, True)),
+        lambda logits: cases.dense(logits, *cases.stock_topk(logits, s.top_k)),
         normal(3, 1, 4 * s.experts),
     )
 
 
 def _norm_case(s: Sizes, module: nn.Module, takes: int) -> Case:
     stock = filled(module, None, mx.float32)
-    variants = [tuple(normal(i + j, 1, 1, s.hidden) for j in range(takes)) for i in range(CALLS)]
-    return _module_case(stock, norm, variants, (2 + takes) * variants[0][0].nbytes)
+    variants = [
+        tuple(normal(i + j, 1, 1, s.hidden) for j in range(takes)) for i in range(cases.CALLS)
+    ]
+    return cases.module(stock, norm.use_native, variants, (2 + takes) * variants[0][0].nbytes)
 
 
 def _mlp_case(s: Sizes) -> Case:
     stock = filled(Qwen3NextMLP(s.hidden, s.middle), None, mx.float32)
-    variants = [(normal(i, 1, 1, s.hidden),) for i in range(CALLS)]
-    return _module_case(stock, mlp, variants, weight_bytes(stock))
-
-
-def _stock_topk(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
-    gates = mx.softmax(logits, axis=-1, precise=True)
-    indices = mx.argpartition(gates, kth=-k, axis=-1)[..., -k:]
-    scores = mx.take_along_axis(gates, indices, axis=-1)
-    return indices, scores / scores.sum(axis=-1, keepdims=True)
-
-
-def _dense(logits: mx.array, indices: mx.array, scores: mx.array) -> mx.array:
-    """Every expert's score: two may choose the same in another order."""
-    return mx.put_along_axis(mx.zeros_like(logits), indices, scores, axis=-1)
+    variants = [(normal(i, 1, 1, s.hidden),) for i in range(cases.CALLS)]
+    return cases.module(stock, mlp.use_native, variants, weight_bytes(stock))
 
 
 def _recurrences(s: Sizes) -> Iterator[Trial]:
     keys = s.heads // 4
     channels = (2 * keys + s.heads) * s.head_dim
     for rows in (1, s.prompt):
-        yield _function(
+        yield cases.function(
             "convolution",
-            f"{_rows(rows)}, {channels}, {TAPS} taps",
+            f"{cases.said_rows(rows)}, {channels}, {TAPS} taps",
             lambda x, before, w: _kernels().conv1d(before, x, w, None, True),
             _stock_conv,
             normal(0, 1, rows, channels),
@@ -199,9 +149,9 @@ def _recurrences(s: Sizes) -> Iterator[Trial]:
             normal(2, channels, TAPS, 1),
         )
         heads = (1, rows, s.heads)
-        yield _function(
+        yield cases.function(
             "gated delta gates",
-            f"{_rows(rows)}, {s.heads}",
+            f"{cases.said_rows(rows)}, {s.heads}",
             lambda a, b, log_a, bias: _kernels().gated_delta_gates(a, b, log_a, bias),
             lambda a, b, log_a, bias: (stock_delta.compute_g(log_a, a, bias), mx.sigmoid(b)),
             normal(0, *heads),
@@ -209,9 +159,9 @@ def _recurrences(s: Sizes) -> Iterator[Trial]:
             normal(2, s.heads),
             normal(3, s.heads),
         )
-        yield _function(
+        yield cases.function(
             "gated delta rule",
-            f"{_rows(rows)}, {s.heads}x{s.head_dim}x{s.head_dim}",
+            f"{cases.said_rows(rows)}, {s.heads}x{s.head_dim}x{s.head_dim}",
             lambda *arrays: _kernels().gated_delta(*arrays, True),
             _stock_delta,
             normal(0, 1, rows, keys, s.head_dim),
@@ -221,9 +171,9 @@ def _recurrences(s: Sizes) -> Iterator[Trial]:
             mx.sigmoid(normal(4, *heads)),
             normal(5, 1, s.heads, s.head_dim, s.head_dim),
         )
-        yield _function(
+        yield cases.function(
             "mamba2",
-            f"{_rows(rows)}, {s.heads}x{s.head_dim}x{s.head_dim}",
+            f"{cases.said_rows(rows)}, {s.heads}x{s.head_dim}x{s.head_dim}",
             lambda *arrays: _kernels().ssm(*arrays, (0.001, 100.0)),
             lambda *arrays: stock_ssm.ssm_update(*arrays, (0.001, 100.0)),
             normal(0, *heads, s.head_dim),
@@ -253,18 +203,18 @@ def _stock_delta(
 def _attention(s: Sizes) -> Iterator[Trial]:
     scale = s.head_dim**-0.5
     for rows, mask in ((1, None), (s.prompt, "causal")):
-        yield _function(
+        yield cases.function(
             "rotary embedding",
-            f"{_rows(rows)}, {s.heads}x{s.head_dim}",
+            f"{cases.said_rows(rows)}, {s.heads}x{s.head_dim}",
             lambda x: _kernels().rope(x, s.head_dim, False, 1e6, 1.0, s.context),
             lambda x: mx.fast.rope(
                 x, s.head_dim, traditional=False, base=1e6, scale=1.0, offset=s.context
             ),
             normal(0, 1, s.heads, rows, s.head_dim),
         )
-        yield _function(
+        yield cases.function(
             "attention",
-            f"{_rows(rows)} on {s.context}, {s.heads}x{s.head_dim}",
+            f"{cases.said_rows(rows)} on {s.context}, {s.heads}x{s.head_dim}",
             lambda q, k, v, m=mask: _kernels().attention(q, k, v, scale, m),
             lambda q, k, v, m=mask: mx.fast.scaled_dot_product_attention(
                 q, k, v, scale=scale, mask=m
@@ -300,7 +250,7 @@ def _block_case(s: Sizes, number: int) -> Case:
         moe_intermediate_size=s.middle,
         rope_parameters={"type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
     )
-    stock = filled(DecoderLayer(args, number), FORMS["4 bit"], mx.float32, s.experts)
+    stock = filled(DecoderLayer(args, number), cases.FORMS["4 bit"], mx.float32, s.experts)
     ours = copy.deepcopy(stock)
     ours.mlp.switch_mlp = NativeSwitch(ours.mlp.switch_mlp, _kernels())
     qwen3_5.use_native(ours, _kernels())
@@ -325,23 +275,8 @@ def _block_case(s: Sizes, number: int) -> Case:
     return Case(functools.partial(step, ours), functools.partial(step, stock), variants, read)
 
 
-def _module_case(
-    stock: Any, door: Any, variants: Sequence[tuple[mx.array, ...]], nbytes: int
-) -> Case:
-    """A module beside the same with a door's kernels, and in float32."""
-    ours = copy.deepcopy(stock)
-    door.use_native(ours)
-    return Case(ours, stock, variants, nbytes, in_float32(stock))
-
-
-def _function(name: str, shape: str, ours: Any, stock: Any, *arrays: mx.array) -> Trial:
-    """A trial of a function in float32, which moves its arguments and about the first again."""
-    nbytes = sum(a.nbytes for a in arrays) + arrays[0].nbytes
-    return Trial(name, shape, mx.float32, lambda: Case(ours, stock, [arrays] * CALLS, nbytes))
-
-
-def _rows(count: int) -> str:
-    return "1 row" if count == 1 else f"{count} rows"
+def _switch(stock: nn.Module) -> NativeSwitch:
+    return NativeSwitch(stock, _kernels())
 
 
 def _kernels() -> Any:
