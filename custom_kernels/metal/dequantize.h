@@ -5,9 +5,9 @@
 // takes one chunk at a time:
 //   affine: sum_j (s q_j + z) x_j = s sum_j (2^BITS + q_j) x_j + (z - 2^BITS s) sum_j x_j
 //   FP4   : sum_j 2^(e - 127) v_j x_j, v_j an e2m1 float and e the group's byte (OCP MX 1.0)
-// 2^BITS + q is a half with q in its top bits of mantissa: a mask and an or make it, where a
-// conversion from int takes its turn in a slower unit. Two of them come out of a word at once.
-// The chip's fma takes a half operand as it is; the sums are float.
+// 2^BITS + q is a half with q in its top bits of mantissa: a shift, a mask and an or make two of
+// them at once, where a conversion from int would be an instruction for each and, so it is
+// expected, a slower one than fma, which takes a half operand as it is. The sums are float.
 
 constant constexpr int CHUNK = 32;
 

@@ -8,7 +8,7 @@
 // Grid: (64 ceil(I / rows of a group), T K). A simdgroup takes ROWS rows for each of 32 / LANES
 // teams of lanes, and gate and up of a row together: x is read once for both and f is applied in
 // registers. LANES is what leaves the fewest lanes idle in D / 32 chunks. That model: 512 groups of
-// two simdgroups, 8 simdgroups for each core of an Ultra, 128 for each of an M1, and 4 KB of weights
+// two simdgroups, 16 simdgroups for each core of an Ultra, 128 for each of an M1, 4 KB of weights
 // in flight for each. Expected, not measured: 80 % of the memory's bandwidth up to a Max (M1 0.17 ms
 // a layer, M4 Pro 0.04), less on an Ultra, where the launch is too short to fill it.
 constexpr int TEAMS = 32 / LANES;

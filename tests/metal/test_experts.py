@@ -1,6 +1,6 @@
 """The Metal kernels of routed experts, on the emulator, against float64.
 
-Tolerance: half a unit in the last place of the output's dtype, and of the largest output 2e-5, for
+Tolerance: half a unit in the last place of the output's dtype, and of the largest output 5e-6, for
 sums in float32 whose terms cancel.
 """
 
@@ -34,7 +34,7 @@ from mlx_flash.kernels.metal import experts as door
 from mlx_flash.kernels.metal import moe
 
 FEW = settings(
-    max_examples=8,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -56,7 +56,7 @@ def projection(rng, slots, rows, inner, bits=4, group=64, mode="affine", dtype=m
         layer.scales = mx.array(scales.astype(np.float32)).astype(dtype)
         layer.biases = mx.array(rng.normal(size=shape).astype(np.float32)).astype(dtype)
     else:
-        layer.scales = mx.array(rng.integers(118, 130, shape).astype(np.uint8))
+        layer.scales = mx.array(rng.integers(118, 126, shape).astype(np.uint8))
     if bias:
         layer.bias = floats(rng, (slots, rows), dtype)
     return layer
@@ -117,7 +117,7 @@ ACTIVATED = {
 }
 
 
-def close(found, wanted, loose=2e-5):
+def close(found, wanted, loose=5e-6):
     bound = ULP[found.dtype] * np.abs(wanted) + loose * np.abs(wanted).max()
     worst = (np.abs(exact(found) - wanted) - bound).max()
     return bool(np.isfinite(exact(found)).all() and worst <= 0)
@@ -199,18 +199,18 @@ def test_gate_up_reads_every_format_and_knows_every_activation(metal, form, kind
     assert close(door.gate_up_reference(*case), gate_up_exact(*case))
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-def test_down_reads_every_format(metal, form):
+# The others are read by the same lines, in gate_up.
+@pytest.mark.parametrize("form", [(3, 32), (4, 64), (8, 32), (4, 32, "mxfp4")], ids=str)
+def test_down_reads_other_formats(metal, form):
     case = down_case(2, form)
     assert close(door.down(*case), down_exact(*case))
     assert close(door.down_reference(*case), down_exact(*case))
 
 
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
-def test_sums_are_float32_whatever_goes_in(metal, dtype):
-    case = gate_up_case(3, (4, 64), dtype=dtype)
+def test_sums_are_float32_whatever_goes_in(metal):
+    case = gate_up_case(3, (4, 64), dtype=mx.bfloat16)
     assert close(door.gate_up(*case), gate_up_exact(*case))
-    case = down_case(4, (4, 64), dtype=dtype, bias=True)
+    case = down_case(4, (4, 64), dtype=mx.float16, bias=True)
     assert close(door.down(*case), down_exact(*case))
 
 
@@ -267,8 +267,6 @@ def test_one_expert_of_one_token_without_a_shared_one(metal):
     case = gate_up_case(7, (4, 32), sizes=sizes)
     assert close(door.gate_up(*case), gate_up_exact(*case))
     case = down_case(8, (4, 32), sizes=sizes, shared=0)
-    assert close(door.down(*case), down_exact(*case))
-    case = down_case(8, (4, 32), sizes=sizes, shared=1)
     assert close(door.down(*case), down_exact(*case))
 
 
@@ -347,7 +345,7 @@ SWITCHES = {
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_a_switch_decodes_as_the_stock_one(quick_metal, name):
+def test_a_switch_decodes_as_the_stock_one(metal, name):
     switch = SWITCHES[name]()
     metal_switch = door.MetalSwitch(switch)
     rng = np.random.default_rng(0)
@@ -357,14 +355,23 @@ def test_a_switch_decodes_as_the_stock_one(quick_metal, name):
     with recording() as launches:
         found = metal_switch(x, ids)
         assert found.shape == (2, 1, 4, 128)
-        assert close(found, exact(each), 1e-4)
+        assert close(found, exact(each), 1e-5)
         found = metal_switch.weighted(x, ids, scores, shared, gate)
     assert [launch.name for launch in launches] == ["gate_up", "gate_up", "down"]
     wanted = (each * scores[..., None]).sum(axis=-2) + mx.sigmoid(gate) * shared
-    assert close(found, exact(wanted), 1e-4)
+    assert close(found, exact(wanted), 1e-5)
 
 
-def test_prompts_stay_with_mlx(quick_metal):
+def test_down_may_have_more_bits_than_gate_and_up(metal):
+    switch = switch_of()
+    switch.down_proj = QuantizedSwitchLinear(64, 128, 12, False, 64, 8)
+    rng = np.random.default_rng(0)
+    x, ids, scores = floats(rng, (2, 128)), routed(rng, 2, 4, 12), floats(rng, (2, 4))
+    found = door.MetalSwitch(switch).weighted(x, ids, scores)
+    assert close(found, exact((switch(x, ids) * scores[..., None]).sum(axis=-2)), 1e-5)
+
+
+def test_prompts_stay_with_mlx(metal):
     switch = switch_of()
     metal_switch = door.MetalSwitch(switch)
     rng = np.random.default_rng(0)
@@ -513,7 +520,7 @@ def block_of(name):
 
 
 @pytest.mark.parametrize("name", STOCK)
-def test_a_block_decodes_as_the_stock_one(quick_metal, name):
+def test_a_block_decodes_as_the_stock_one(metal, name):
     stock, block = block_of(name), block_of(name)
     moe.use_metal(block)
     assert type(block) is moe.metal_class(type(stock))
@@ -523,14 +530,14 @@ def test_a_block_decodes_as_the_stock_one(quick_metal, name):
     with recording() as launches:
         found = block(x)
     assert [launch.name for launch in launches] == ["route", "gate_up", "down"]
-    assert close(found, exact(stock(x)), 1e-4)
+    assert close(found, exact(stock(x)), 1e-5)
     prompt = mx.random.normal((1, 40, 128))
     with recording() as launches:
         assert mx.array_equal(block(prompt), stock(prompt))
     assert not launches
 
 
-def test_a_shared_expert_of_one_token_is_decoded_too(quick_metal):
+def test_a_shared_expert_of_one_token_is_decoded_too(metal):
     stock, block = qwen(), qwen()
     block.update(stock.parameters())
     for each in (stock, block):
@@ -541,12 +548,12 @@ def test_a_shared_expert_of_one_token_is_decoded_too(quick_metal):
     with recording() as launches:
         found = block(x)
     assert sorted(launch.name for launch in launches) == ["down", "gate_up", "gate_up", "route"]
-    assert close(found, exact(stock(x)), 1e-4)
+    assert close(found, exact(stock(x)), 1e-5)
     x = mx.random.normal((1, 2, 128))
     with recording() as launches:
         found = block(x)
     assert len(launches) == 3
-    assert close(found, exact(stock(x)), 1e-4)
+    assert close(found, exact(stock(x)), 1e-5)
 
 
 class Slots:
@@ -560,7 +567,7 @@ class Slots:
         return self.switch.weighted(x, self.order[indices], scores, *rest)
 
 
-def test_a_block_decodes_on_slots(quick_metal):
+def test_a_block_decodes_on_slots(metal):
     stock, block = block_of("qwen3_next"), block_of("qwen3_next")
     switch = block.pop("switch_mlp")
     order = np.random.default_rng(1).permutation(20)
@@ -572,7 +579,7 @@ def test_a_block_decodes_on_slots(quick_metal):
     moe.use_metal(block)
     assert type(block) is moe.MetalSparseMoeBlock
     x = mx.random.normal((1, 1, 128))
-    assert close(block(x), exact(stock(x)), 1e-4)
+    assert close(block(x), exact(stock(x)), 1e-5)
 
 
 def test_other_blocks_stay_as_they_are():

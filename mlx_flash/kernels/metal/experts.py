@@ -73,7 +73,7 @@ def gate_up(x: mx.array, slots: mx.array, gate: Any, up: Any, kind: Kind) -> mx.
     tokens, top_k = slots.shape
     rows = up.weight.shape[-2]
     lanes = lanes_for(x.shape[-1])
-    each = 4 if gate is None or lanes == SIMD else 2
+    each = rows_for(lanes, up.bits, gate is not None)
     tile = SIMDGROUPS * each * (SIMD // lanes)
     (h,) = GATE_UP(
         x,
@@ -201,6 +201,16 @@ def lanes_for(inner: int) -> int:
     """How many lanes share a row of ``inner`` values: those that leave the fewest idle."""
     chunks = inner // CHUNK
     return max((SIMD, SIMD // 2, SIMD // 4), key=lambda n: (chunks / (-(-chunks // n) * n), n))
+
+
+def rows_for(lanes: int, bits: int, gated: bool) -> int:
+    """How many rows those lanes take, one after another, with one read of their input.
+
+    Enough to read more weights than input, and few enough for a small GPU's worth of simdgroups
+    and, unrolled, for an instruction cache: 3, 5 and 6 bits take twice the instructions.
+    """
+    whole = lanes == SIMD and bits in (2, 4, 8)
+    return 4 if whole or not gated else 2
 
 
 class MetalSwitch(nn.Module):
