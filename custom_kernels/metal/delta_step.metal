@@ -59,7 +59,9 @@ const size_t tile = (size_t(sequence) * Hv + head) * Dv * N * 8;
 const device float4* old_rows = reinterpret_cast<const device float4*>(state) + tile;
 device float4* new_rows = reinterpret_cast<device float4*>(new_state) + tile;
 float4 s[PASSES][N];
+#pragma clang loop unroll(full)
 for (int p = 0; p < PASSES; ++p) {
+#pragma clang loop unroll(full)
   for (int n = 0; n < N; ++n) {
     s[p][n] = old_rows[(first_row + 4 * SIMDS * p) * 8 * N + 8 * n + in_row];
   }
@@ -111,6 +113,7 @@ float4 k[N];
 float qq = 0.0f;
 float kk = 0.0f;
 float kq = 0.0f;
+#pragma clang loop unroll(full)
 for (int n = 0; n < N; ++n) {
   q[n] = shared_mixed[8 * n + in_row];
   k[n] = shared_mixed[Dk / 4 + 8 * n + in_row];
@@ -125,10 +128,12 @@ const float g = shared_gates[0];
 const float beta = shared_gates[1];
 
 float squares = 0.0f;
+#pragma clang loop unroll(full)
 for (int p = 0; p < PASSES; ++p) {
   const int row = first_row + 4 * SIMDS * p;
   float sk = 0.0f;
   float sq = 0.0f;
+#pragma clang loop unroll(full)
   for (int n = 0; n < N; ++n) {
     sk += metal::dot(s[p][n], k[n]);
     sq += metal::dot(s[p][n], q[n]);
@@ -137,6 +142,7 @@ for (int p = 0; p < PASSES; ++p) {
   sq = sum8(sq) * q_scale * g;
   const float delta = beta * (mixed[2 * Dk + row] - sk);
   const float along = delta * k_scale;
+#pragma clang loop unroll(full)
   for (int n = 0; n < N; ++n) {
     new_rows[row * 8 * N + 8 * n + in_row] = s[p][n] * g + k[n] * along;
   }

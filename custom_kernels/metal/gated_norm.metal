@@ -29,6 +29,7 @@ const int of_weight = (part % PARTS) * SIZE;
 float u[4 * CHUNKS];
 float gates[4 * CHUNKS];
 float squares = 0.0f;
+#pragma clang loop unroll(full)
 for (int i = 0; i < 4 * CHUNKS; ++i) {
   const int at = 4 * me + (i / 4) * 4 * THREADS + i % 4;
   u[i] = at < SIZE ? float(x[base + at]) : 0.0f;
@@ -50,6 +51,7 @@ if (SPLIT > 1) {
   }
 }
 const float unit = metal::precise::rsqrt(squares / SIZE + eps);
+#pragma clang loop unroll(full)
 for (int i = 0; i < 4 * CHUNKS; ++i) {
   const int at = 4 * me + (i / 4) * 4 * THREADS + i % 4;
   if (at < SIZE) {

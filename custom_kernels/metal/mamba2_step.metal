@@ -47,8 +47,10 @@ const device float4* old_rows = reinterpret_cast<const device float4*>(state) + 
 device float4* new_rows = reinterpret_cast<device float4*>(new_state) + tile;
 float4 s[PASSES][N];
 float gates[PASSES];
+#pragma clang loop unroll(full)
 for (int p = 0; p < PASSES; ++p) {
   const int row = first_row + 4 * SIMDS * p;
+#pragma clang loop unroll(full)
   for (int n = 0; n < N; ++n) {
     s[p][n] = old_rows[row * 8 * N + 8 * n + in_row];
   }
@@ -89,11 +91,13 @@ threadgroup_barrier(mem_flags::mem_threadgroup);
 
 const float dt = shared_steps[0];
 const float decay = shared_steps[1];
+#pragma clang loop unroll(full)
 for (int p = 0; p < PASSES; ++p) {
   const int row = first_row + 4 * SIMDS * p;
   const float x = mixed[2 * Ds + row];
   const float along = x * dt;
   float sum = 0.0f;
+#pragma clang loop unroll(full)
   for (int n = 0; n < N; ++n) {
     const float4 next = s[p][n] * decay + shared_mixed[8 * n + in_row] * along;
     new_rows[row * 8 * N + 8 * n + in_row] = next;

@@ -12,6 +12,7 @@ from mlx_lm.models.cache import ArraysCache
 from recurrences import FLOAT32, bits, delta64, exact, mutated, near
 
 from mlx_flash.kernels.metal import Kernel, delta
+from mlx_flash.kernels.metal.recurrence import simdgroups, state_fits
 
 FORMS = {  # key heads, value heads, key dim, value dim, taps, dtype, grouped
     "smallest": (1, 1, 32, 4, 2, mx.float32, False),
@@ -180,6 +181,14 @@ def test_a_head_that_does_not_fit_is_refused():
     given[9] = mx.zeros((1, 1, 4, 48))
     with pytest.raises(ValueError, match="4 x 48"):
         delta.delta_step(*given)
+
+
+def test_what_fits_has_a_thread_for_every_row():
+    fitting = [(d, k) for d in range(260) for k in range(0, 260, 16) if state_fits(d, k)]
+    assert (128, 128) in fitting and (64, 128) in fitting and (256, 64) in fitting
+    for rows, row in fitting:
+        assert rows % (4 * simdgroups(rows)) == 0 and row % 32 == 0
+        assert rows <= 32 * simdgroups(rows) <= 512
 
 
 # The classes -------------------------------------------------------------------------------------

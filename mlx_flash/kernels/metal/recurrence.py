@@ -14,9 +14,9 @@ from ..experts import FLOATS
 
 MAX_SIMDS = 16
 MAX_TAPS = 8
-MAX_PASSES = 8
-MAX_TILE = 64
-"""Floats of a head's state that a lane may hold in registers."""
+MAX_TILE = 32
+"""Floats of a head's state that a lane may hold. An Apple core has 104 registers for each of 512
+threads, and a pipeline that needs more may not be launched that wide."""
 
 
 def simdgroups(rows: int) -> int:
@@ -25,11 +25,14 @@ def simdgroups(rows: int) -> int:
 
 
 def state_fits(rows: int, row: int) -> bool:
-    """Whether the kernels take a head's state of ``rows`` rows with ``row`` elements each."""
+    """Whether the kernels take a head's state of ``rows`` rows with ``row`` elements each.
+
+    It then has at most 8 passes over its rows, and so a thread for every row.
+    """
     if rows < 4 or rows % 4 or row < 32 or row % 32:
         return False
     passes = rows // 4 // simdgroups(rows)
-    return passes <= MAX_PASSES and passes * row // 8 <= MAX_TILE
+    return passes * row // 8 <= MAX_TILE
 
 
 def conv_fits(conv: nn.Conv1d) -> bool:
