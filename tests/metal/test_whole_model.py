@@ -121,9 +121,9 @@ def test_more_experts_than_slots_go_in_waves_and_are_summed(on_a_mac, folder, na
 
 def test_all_experts_in_ram_take_the_same_kernels(on_a_mac, folder):
     path = folder("qwen3_5_moe-4bit")
-    tokens, logprobs = decode(loaded(path, "metal", 6))
+    tokens, logprobs = decode(loaded(path, "metal", 6), 8)
     model = loaded(path, "metal", 1000)
-    ours, our_logprobs = decode(model)
+    ours, our_logprobs = decode(model, 8)
     assert model.stats().misses == 0
     assert ours == tokens
     assert mx.abs(our_logprobs - logprobs).max().item() < BOUND  # the prompt in one wave or many
@@ -243,4 +243,4 @@ def test_a_token_takes_fewer_launches(on_a_mac, monkeypatch, folder, tmp_path, n
         model = loaded(folder(name), kernels, 1000)
         ran, nodes = launches_per_token(model, monkeypatch, tmp_path)
         counted[kernels] = sum(ran.values()) + sum(nodes.values())
-    assert counted["metal"] < 0.6 * counted["reference"]
+    assert counted["metal"] < 0.56 * counted["reference"]
