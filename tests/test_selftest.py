@@ -95,7 +95,7 @@ def test_the_command_prints_a_table_to_paste():
     lines = said.out.splitlines()
     assert all(len(line) <= 100 for line in lines)
     assert said.out.isascii(), "also where a terminal has no more"
-    for title in ("machine", "system", "versions", "mlx on", "right"):
+    for title in ("machine", "system", "versions", "device", "right"):
         assert any(line.startswith(title) for line in lines)
     assert mx.__version__.split(".dev")[0] in said.out
     for trial in native_trials(trials.QUICK):
@@ -141,10 +141,27 @@ def test_a_wrong_kernel_is_found(extension, monkeypatch, how):
     assert "\nFAIL rms norm " in said.out
     assert "\nok   gated rms norm " in said.out
     assert "FAIL: 1 of 3 are wrong (rms norm). Do not use --kernels native" in said.out
-    assert ("RuntimeError: no such function" in said.out) == (how == "raises")
+    fault = "ours: RuntimeError: no such function in this library"
+    assert (fault in said.out) == (how == "raises")
     facts = json.loads(door.run("selftest", "--quick", "--json").out)
     assert not facts["right"]
     assert [t["kernel"] for t in facts["backends"][0]["trials"] if not t["right"]] == ["rms norm"]
+
+
+def test_no_answer_in_any_output_is_wrong():
+    x = mx.ones(3)
+    for last in (mx.array(float("nan")), mx.array(float("inf"))):
+        case = Case(lambda x, last=last: (x, last), lambda x: (x, mx.array(1.0)), [(x,)], 4)
+        assert not judge(Trial("two", "3", mx.float32, lambda c=case: c), timed=False).right
+
+
+def test_whose_operation_raised_is_said():
+    def stock(x):
+        raise ValueError("not in MLX")
+
+    case = Case(lambda x: x, stock, [(mx.ones(3),)], 4)
+    verdict = judge(Trial("new", "3", mx.float32, lambda: case), timed=False)
+    assert verdict.fault == "MLX's own: ValueError: not in MLX"
 
 
 def test_the_answer_is_held_to_float32_of_the_same_arguments():

@@ -110,7 +110,7 @@ def _machine() -> dict[str, str]:
         "machine": f"{chip}, {memory}",
         "system": f"{platform.platform()}, Python {platform.python_version()}",
         "versions": packages,
-        "mlx on": mx.default_device().type.name,
+        "device": mx.default_device().type.name,
     }
 
 

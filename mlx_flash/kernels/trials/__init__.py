@@ -17,8 +17,6 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models.switch_layers import SwitchLinear
 
-from ...errors import brief
-
 Arrays = mx.array | tuple[mx.array, ...]
 Call = Callable[..., Arrays]
 Form = dict[str, Any] | None
@@ -26,6 +24,7 @@ Form = dict[str, Any] | None
 
 BUDGET_S = 0.2  # for the repetitions of one side, where its first run is not longer
 REPETITIONS = (3, 15)
+FAULT_LENGTH = 800
 CHAIN = 16  # calls in a row on a GPU, where submitting work costs more than a small kernel
 TOLERANCES = {mx.float32: 3e-5, mx.float16: 2e-3, mx.bfloat16: 1.2e-2}
 """Of the largest value. Sums in float32; one rounding of the answer, some of what is between."""
@@ -106,7 +105,7 @@ class Verdict:
         ours_s: Median time of a call by our kernel.
         stock_s: The same by MLX's own operations.
         nbytes: What one call has to move.
-        fault: What the kernel raised; empty if nothing.
+        fault: What was raised, and by whose operation; empty if nothing.
     """
 
     trial: Trial
@@ -135,21 +134,25 @@ def judge(trial: Trial, timed: bool = True) -> Verdict:
 
     The answer is held to float32 on the CPU, which no kernel of a GPU has a part in.
     """
-    case = trial.make()
+    whose = "ours"
     try:
+        case = trial.make()
         got = _flat(case.ours(*case.variants[0]))
         mx.eval(got)
+        whose = "MLX's own"
+        with mx.stream(mx.cpu):
+            arguments = (_float32(a) if _is_float(a) else a for a in case.variants[0])
+            want = _flat((case.exact or case.stock)(*arguments))
+            mx.eval(want)
+        off = float(np.max([_error(a, b) for a, b in zip(got, want, strict=True)]))
+        if not timed:
+            return Verdict(trial, off, nbytes=case.nbytes)
+        linked = mx.default_device() != mx.cpu
+        ours_s, stock_s = (seconds(call, case.variants, linked) for call in (case.ours, case.stock))
     except (RuntimeError, ValueError, TypeError) as error:
-        return Verdict(trial, float("nan"), fault=f"{type(error).__name__}: {brief(error)}")
-    with mx.stream(mx.cpu):
-        arguments = (_float32(a) if _is_float(a) else a for a in case.variants[0])
-        want = _flat((case.exact or case.stock)(*arguments))
-        mx.eval(want)
-    off = max(_error(a, b) for a, b in zip(got, want, strict=True))
-    if not timed:
-        return Verdict(trial, off, nbytes=case.nbytes)
-    linked = mx.default_device() != mx.cpu
-    ours_s, stock_s = (seconds(call, case.variants, linked) for call in (case.ours, case.stock))
+        # What Metal's compiler has to say takes several lines.
+        said = " ".join(str(error).split())[:FAULT_LENGTH]
+        return Verdict(trial, float("nan"), fault=f"{whose}: {type(error).__name__}: {said}")
     return Verdict(trial, off, ours_s, stock_s, case.nbytes)
 
 
