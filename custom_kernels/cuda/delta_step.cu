@@ -1,5 +1,5 @@
-// One token of a gated delta net in CUDA. UNRUN: no NVIDIA GPU has executed this; a CPU has, lane by
-// lane. Formulas, shapes, layouts and types are those of metal/delta_step.metal.
+// One token of a gated delta net in CUDA. UNRUN: no NVIDIA GPU has executed this; a CPU has, lane
+// by lane. Formulas, shapes, layouts and types are those of metal/delta_step.metal.
 //
 // One block per sequence and value head, eight lanes to a row of the state, all of a lane's share
 // asked for before the convolution. Bytes: 8 Dv Dk a head for the state, 4.3 MB a layer of

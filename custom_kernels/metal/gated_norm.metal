@@ -18,6 +18,7 @@
 
 constexpr int THREADS = 32 * SPLIT;
 constexpr int CHUNKS = (SIZE + 4 * THREADS - 1) / (4 * THREADS);
+constexpr bool WHOLE = SIZE % (4 * THREADS) == 0;  // no lane is beyond the end
 
 threadgroup float shared_squares[SPLIT];
 
@@ -32,8 +33,9 @@ float squares = 0.0f;
 #pragma clang loop unroll(full)
 for (int i = 0; i < 4 * CHUNKS; ++i) {
   const int at = 4 * me + (i / 4) * 4 * THREADS + i % 4;
-  u[i] = at < SIZE ? float(x[base + at]) : 0.0f;
-  gates[i] = MODE != 0 && at < SIZE ? silu(float(z[base + at])) : 1.0f;
+  const bool in_part = WHOLE || at < SIZE;
+  u[i] = in_part ? float(x[base + at]) : 0.0f;
+  gates[i] = MODE != 0 && in_part ? silu(float(z[base + at])) : 1.0f;
   if (MODE == 2) {
     u[i] *= gates[i];
   }
@@ -54,7 +56,7 @@ const float unit = metal::precise::rsqrt(squares / SIZE + eps);
 #pragma clang loop unroll(full)
 for (int i = 0; i < 4 * CHUNKS; ++i) {
   const int at = 4 * me + (i / 4) * 4 * THREADS + i % 4;
-  if (at < SIZE) {
+  if (WHOLE || at < SIZE) {
     const float normed = u[i] * unit * float(weight[of_weight + at]);
     y[base + at] = T(MODE == 1 ? normed * gates[i] : normed);
   }

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_flash.kernels import metal
 
@@ -35,6 +36,22 @@ def near(got, want, axes, bound=FLOAT32, summed=None):
     allowed = bound * largest + ROUNDING[got.dtype] * np.abs(want) + finest
     wrong = np.abs(found - want) > allowed
     assert not wrong.any(), f"{wrong.sum()} of {wrong.size} are off, first {np.argwhere(wrong)[0]}"
+
+
+def same_answers(stock, model, tokens=8):
+    """A prompt, and then what each of two float32 models says by itself."""
+    answers = []
+    for one in (stock, model):
+        cache, x = make_prompt_cache(one), mx.arange(40, 51)[None]
+        said, logits = [], []
+        for _ in range(tokens):
+            logits.append(exact(one(x, cache=cache)[:, -1]))
+            said.append(int(logits[-1].argmax()))
+            x = mx.array([[said[-1]]])
+        answers.append((said, np.stack(logits)))
+    (want, sizes), (got, found) = answers
+    assert got == want and len(set(got)) > 3
+    assert np.abs(found - sizes).max() <= 1e-4 * np.abs(sizes).max()
 
 
 def mutated(folder: Path, monkeypatch, name, old, new, times=1):

@@ -3,13 +3,16 @@
 import dataclasses
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
+import tiny
+from family_configs import QWEN3_5_MOE, QWEN3_NEXT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models import qwen3_5, qwen3_next
 from mlx_lm.models.cache import ArraysCache
-from recurrences import FLOAT32, bits, delta64, exact, mutated, near
+from recurrences import FLOAT32, bits, delta64, exact, mutated, near, same_answers
 
 from mlx_flash.kernels.metal import Kernel, delta
 from mlx_flash.kernels.metal.recurrence import simdgroups, state_fits
@@ -278,6 +281,16 @@ def test_what_the_kernel_does_not_take_is_mlx_lms(metal, kind):
         stock.train(), net.train()
         assert mx.array_equal(net(x), stock(x))
     assert launches == []
+
+
+@pytest.mark.parametrize("config", [QWEN3_5_MOE, QWEN3_NEXT], ids=lambda c: c["model_type"])
+def test_a_model_says_what_it_says_without(metal, config, tmp_path):
+    folder = tiny.write(tmp_path / "model", config=config)
+    stock, model = mlx_lm.load(str(folder))[0], mlx_lm.load(str(folder))[0]
+    delta.use_metal(model)
+    with metal.recording() as launches:
+        same_answers(stock, model)
+    assert {launch.name for launch in launches} == {"delta_step"}
 
 
 def test_use_metal_swaps_what_it_supports(metal):

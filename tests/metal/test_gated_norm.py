@@ -157,8 +157,9 @@ def test_what_is_too_large_stays():
 MUTATIONS = {
     "the barrier": ("  threadgroup_barrier(mem_flags::mem_threadgroup);\n", ""),
     "a stride": ("4 * me + (i / 4) * 4 * THREADS + i % 4;", "4 * me + (i / 4) * THREADS + i % 4;"),
-    "the last of a row": ("at < SIZE ? float(x[base + at])", "true ? float(x[base + at])"),
+    "the last of a row": ("const bool in_part = WHOLE || at < SIZE", "const bool in_part = true"),
     "another part's weight": ("(part % PARTS) * SIZE", "0"),
+    "what is whole": ("SIZE % (4 * THREADS) == 0", "SIZE % THREADS != 0"),
     "the mean": ("squares / SIZE + eps", "squares / THREADS + eps"),
     "the other order": ("if (MODE == 2)", "if (MODE == 1)"),
 }

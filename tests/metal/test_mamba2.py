@@ -3,13 +3,15 @@
 import dataclasses
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
+import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models import nemotron_h
 from mlx_lm.models.cache import ArraysCache
-from recurrences import FLOAT32, bits, exact, mamba64, mutated, near
+from recurrences import FLOAT32, bits, exact, mamba64, mutated, near, same_answers
 
 from mlx_flash.kernels.metal import Kernel, ssm
 
@@ -62,7 +64,7 @@ def agrees(got, want, form, bound=FLOAT32):
     seed=st.integers(0, 2**32 - 1),
     scale=st.sampled_from([0.1, 1.0, 3.0]),
     fresh=st.booleans(),
-    limits=st.sampled_from([LIMITS, FREE, (0.1, 0.7)]),
+    limits=st.sampled_from([LIMITS, FREE, (0.1, 0.7), (0, 1)]),
 )
 def test_a_step_is_float64s(metal, form, batch, seed, scale, fresh, limits):
     given = arguments(form, batch, seed, scale, fresh, limits)
@@ -244,6 +246,15 @@ def test_what_the_kernel_does_not_take_is_mlx_lms(metal):
             one.norm.weight = one.norm.weight.astype(mx.float16)
         assert mx.array_equal(mixer(x), stock(x, None)), "another dtype is mlx-lm's"
     assert launches == []
+
+
+def test_a_model_says_what_it_says_without(metal, tmp_path):
+    folder = tiny.write(tmp_path / "model", "nemotron_h")
+    stock, model = mlx_lm.load(str(folder))[0], mlx_lm.load(str(folder))[0]
+    ssm.use_metal(model)
+    with metal.recording() as launches:
+        same_answers(stock, model)
+    assert {launch.name for launch in launches} == {"mamba2_step", "gated_norm"}
 
 
 def test_use_metal_swaps_what_it_supports(metal):
