@@ -122,7 +122,7 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
     Raises:
         FlashError: If the budget is too small, or bytes cannot be read.
     """
-    extension = computing.extension(lazy, knobs)
+    extension, on_metal = computing.extension(lazy, knobs), computing.on_metal(knobs)
     # The compiled pool calls no Python: with a policy or reader from outside, Python fetches.
     pools = None if knobs.from_outside else extension or computing.pools(lazy, knobs)
     decided = make_plan(lazy, knobs)
@@ -137,10 +137,13 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
         reader = plugins.open_reader(name, paths, knobs.read_threads)
     try:
         stores = give_slots(lazy, decided, knobs, reader, paths, extension, pools)
+        if on_metal:  # its doors ask for shapes, which a ring takes away
+            _swap(lazy, stores, None, on_metal)
         layers = NativeReader(reader, paths) if pools is not None else reader
         ring = give_ring(lazy, decided, layers, extension)
         read_residents(lazy, decided, knobs, paths, extension, progress)
-        _swap(lazy, stores, extension, computing.on_metal(knobs))
+        if not on_metal:
+            _swap(lazy, stores, extension, on_metal)
         if ring is not None:
             _take_turns(lazy, decided, ring)
     except BaseException:

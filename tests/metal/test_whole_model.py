@@ -6,6 +6,7 @@ differ by less than ``BOUND``. The router decides the same or what follows is an
 
 from collections import Counter
 
+import dense_configs
 import door
 import mlx.core as mx
 import pytest
@@ -17,7 +18,7 @@ from mlx_lm.models import gated_delta, ssm
 from mlx_lm.models.cache import make_prompt_cache
 
 import mlx_flash
-from mlx_flash import demo
+from mlx_flash import demo, dense
 from mlx_flash.cli import bench_run
 from mlx_flash.computing import who_computes
 from mlx_flash.config import StreamConfig
@@ -117,6 +118,22 @@ def test_more_experts_than_slots_go_in_waves_and_are_summed(on_a_mac, folder, na
         assert mx.abs(ours - reference(x, cache=caches[0])).max().item() < 1e-3
         in_waves = all(launch.name != "down" for launch in launches)
         assert in_waves == (tokens > 1)
+
+
+@pytest.mark.parametrize(("family", "runs"), [("nemotron_h", MAMBA2), ("qwen3_5_moe", DELTA)])
+def test_layers_that_stream_whole_decode_by_the_kernels(
+    on_a_mac, monkeypatch, tmp_path, family, runs
+):
+    monkeypatch.setattr(dense, "LEAST_BYTES", 1)
+    path = tiny.write(tmp_path / "dense", config=dense_configs.CONFIGS[family], quantization=FOUR)
+    tokens, logprobs = decode(loaded(path, "reference", 1), 8)
+    model = loaded(path, "metal", 1)
+    with on_a_mac.recording() as launches:
+        ours, our_logprobs = decode(model, 8)
+    assert model.plan.whole_layers and model.plan.streamed_bytes
+    assert {launch.name for launch in launches} == runs | {"gated_norm"}
+    assert ours == tokens
+    assert mx.abs(our_logprobs - logprobs).max().item() < BOUND
 
 
 def test_all_experts_in_ram_take_the_same_kernels(on_a_mac, folder):
