@@ -42,6 +42,7 @@ struct Lane {
   State state;
   const char* what;
   int line;
+  uintptr_t path;  // by which calls it came there
   uint32_t memory;
   unsigned parity;
   uint16_t group_clock[2];  // barriers passed that ordered device and threadgroup memory
@@ -65,6 +66,7 @@ struct Cell {
   uint32_t reader;  // 0: nobody, kMany, else as above
   uint16_t write_clock[2], read_clock[2];  // of the threadgroup, of the simdgroup
   uint32_t read_simdgroup, read_group;     // of all readers, kMany if of several
+  uint32_t atomic_group;                   // of all atomic writers, kMany if of several
 };
 constexpr uint32_t kInitial = 0xffffffff, kAtomic = 0xfffffffe, kMany = 0xfffffffd;
 
@@ -213,6 +215,11 @@ bool released_simd(int simdgroup) {
           "divergent simdgroup: one lane is at %s of line %d, another at %s of line %d",
           first->what, first->line, lane.what, lane.line);
       return false;
+    } else if (lane.path != first->path) {
+      fault_outside(
+          "divergent simdgroup: two lanes are at %s of line %d by different calls",
+          lane.what, lane.line);
+      return false;
     }
   }
   if (first == nullptr) {
@@ -303,8 +310,26 @@ void run_threadgroup() {
   }
 }
 
+// The return addresses between here and the kernel, as one number: a function that two places call
+// has two. Checked kernels keep their frame pointers for it.
+uintptr_t path_here(const Lane& lane) {
+  uintptr_t path = 0;
+#ifdef CHECKED
+  auto frame = static_cast<void**>(__builtin_frame_address(0));
+  auto begin = reinterpret_cast<void**>(lane.stack);
+  auto end = reinterpret_cast<void**>(lane.stack + kStack) - 1;
+  while (frame >= begin && frame < end) {
+    path = path * 31 + reinterpret_cast<uintptr_t>(frame[1]);
+    begin = frame + 1;
+    frame = static_cast<void**>(frame[0]);
+  }
+#endif
+  return path;
+}
+
 void wait(State state, const char* what, int line, uint32_t memory) {
   Lane& lane = machine->lanes[machine->current];
+  lane.path = path_here(lane);
   lane.state = state;
   lane.what = what;
   lane.line = line;
@@ -397,7 +422,8 @@ void check(const char* address, size_t bytes, bool reads, bool writes, bool atom
     bool by_other = cell.writer != 0 && cell.writer != kInitial && cell.writer != self;
     if (by_other && !(atomic && cell.writer == kAtomic)) {
       bool atomically = cell.writer == kAtomic;
-      bool same_group = atomically || (cell.writer - 1) / kMaxThreads == machine->group;
+      bool same_group = atomically ? cell.atomic_group == machine->group
+                                   : (cell.writer - 1) / kMaxThreads == machine->group;
       bool same_simd = !atomically && (cell.writer - 1) / kSimd == (self - 1) / kSimd;
       if (!ordered(lane, *region, same_group, same_simd, cell.write_clock)) {
         lanes_fault(
@@ -415,12 +441,15 @@ void check(const char* address, size_t bytes, bool reads, bool writes, bool atom
       }
     }
     if (writes) {
+      bool elsewhere = cell.writer == kAtomic && cell.atomic_group != machine->group;
+      cell.atomic_group = elsewhere ? kMany : machine->group;
       cell.writer = atomic ? kAtomic : self;
       cell.write_clock[0] = lane.group_clock[kind];
       cell.write_clock[1] = lane.simd_clock[kind];
     } else {
       bool elsewhere = cell.reader != 0 && cell.read_group != machine->group;
-      bool same_time = cell.reader != 0 && cell.read_clock[0] == lane.group_clock[kind];
+      bool same_time = cell.reader != 0 && cell.read_clock[0] == lane.group_clock[kind] &&
+          (cell.read_simdgroup != simdgroup || cell.read_clock[1] == lane.simd_clock[kind]);
       bool many = elsewhere || (same_time && cell.reader != self);
       cell.read_simdgroup = many && cell.read_simdgroup != simdgroup ? kMany : simdgroup;
       cell.read_group = elsewhere ? kMany : machine->group;
@@ -566,13 +595,15 @@ __attribute__((visibility("default"))) const char* lanes_launch(
       mmap(nullptr, stacks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
            -1, 0));
   Three threads{grid[0], grid[1], grid[2]}, per{group[0], group[1], group[2]};
-  Three groups{
-      (threads.x + per.x - 1) / per.x, (threads.y + per.y - 1) / per.y,
-      (threads.z + per.z - 1) / per.z};
+  Three groups{};
   uint64_t all = uint64_t(per.x) * per.y * per.z;
   if (all == 0 || all > kMaxThreads) {
     fault_outside("a threadgroup of %u x %u x %u threads; 1 to 1024 are possible", per.x, per.y,
                   per.z);
+  } else {
+    groups = {
+        (threads.x + per.x - 1) / per.x, (threads.y + per.y - 1) / per.y,
+        (threads.z + per.z - 1) / per.z};
   }
   for (uint32_t gz = 0; gz < groups.z; ++gz) {
     for (uint32_t gy = 0; gy < groups.y; ++gy) {
