@@ -12,9 +12,10 @@ import pytest
 from test_interrupt import wait_for
 
 from mlx_flash import kernels
-from mlx_flash.cli.selftest import Found
+from mlx_flash.cli.selftest import Found, _table
 from mlx_flash.kernels import trials
 from mlx_flash.kernels.trials import Case, Trial, Verdict, backends, judge, seconds
+from mlx_flash.kernels.trials.metal import trials as metal_trials
 from mlx_flash.kernels.trials.native import trials as native_trials
 
 needs_native = pytest.mark.skipif(
@@ -202,6 +203,13 @@ def test_every_trial_can_be_timed_in_a_chain():
         case = trial.make()
         for call in (case.ours, case.stock):
             assert seconds(call, case.variants[:1], linked=True) > 0
+
+
+def test_every_table_is_100_columns_wide_at_most():
+    for trials_of in (native_trials, metal_trials):
+        for sizes in (trials.QUICK, trials.FULL):
+            verdicts = [Verdict(t, 1e-5, 0.9999, 123.4, 10**9) for t in trials_of(sizes)]
+            assert max(map(len, _table(verdicts))) <= 100
 
 
 def test_advice_follows_the_figures():
