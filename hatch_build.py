@@ -1,4 +1,7 @@
-"""Compiles the native kernels where a C++ compiler is at hand. The package works without them."""
+"""Brings the kernels that a GPU compiles, and compiles the CPU's where a C++ compiler is at hand.
+
+The package works without them.
+"""
 
 import shutil
 import subprocess
@@ -12,6 +15,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 ROOT = Path(__file__).parent
 MODULE = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
+GPUS = ("metal", "cuda")  # folders of kernel bodies, which MLX compiles where they run
 
 
 class NativeBuildHook(BuildHookInterface):
@@ -20,7 +24,10 @@ class NativeBuildHook(BuildHookInterface):
     PLUGIN_NAME = "custom"
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Add the extension to a wheel, or put it beside the sources of an editable one."""
+        """Add kernels to a wheel, or put the extension beside the sources of an editable one."""
+        if version != "editable":  # that one finds its kernel bodies where they are
+            for folder in filter(Path.is_dir, (ROOT / "custom_kernels" / gpu for gpu in GPUS)):
+                build_data["force_include"][str(folder)] = f"mlx_flash/{folder.relative_to(ROOT)}"
         self.folder = tempfile.TemporaryDirectory()
         try:
             built = compile_in(Path(self.folder.name))

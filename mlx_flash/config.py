@@ -8,7 +8,7 @@ from .errors import UsageError
 from .streaming.eviction import POLICIES
 from .streaming.reader import READERS
 
-KERNELS = ("auto", "native", "reference", "graph")
+KERNELS = ("auto", "native", "reference", "graph", "metal")
 READERS_BY_NAME = ("auto", *READERS, "direct")
 
 
@@ -30,8 +30,9 @@ class StreamConfig:
         read_threads: Reads in flight.
         kernels: ``native``: the compiled kernels; ``reference``: MLX's own operations;
             ``graph``: MLX's own operations, with experts fetched inside MLX's graph by the
-            compiled pool, which has never run on a GPU; ``auto``: native on a CPU, where they
-            are built, and reference elsewhere.
+            compiled pool, which has never run on a GPU; ``metal``: our Metal kernels for
+            decoding, on a Mac, where none has run yet (``mlx-flash selftest`` tries them);
+            ``auto``: native on a CPU, where they are built, and reference elsewhere.
         threads: Threads that compute, with native kernels. None: one per core.
 
     Raises:

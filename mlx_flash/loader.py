@@ -19,6 +19,7 @@ from .errors import UntestedModelWarning
 from .hub import resolve
 from .kernels.dense_switch import needs_dense, use_dense
 from .kernels.experts import NativeSwitch
+from .kernels.metal import experts as metal
 from .opening import LazyModel, open_lazily, open_tokenizer
 from .streaming.layers import LayerRing, as_streamed_layer
 from .streaming.model import StreamedModel, as_streamed
@@ -27,7 +28,7 @@ from .streaming.plan import (
 )
 from .streaming.reader import NativeReader
 from .streaming.store import ExpertStore, NativeStore, Store
-from .streaming.switch import StreamedSwitch
+from .streaming.switch import StreamedSum, StreamedSwitch
 from .weights import Progress, give_ring, give_slots, read_residents
 
 
@@ -65,7 +66,7 @@ def load(
         context: Tokens of context that the budget leaves room for.
         prefill_step_size: Most prompt tokens to compute at a time.
         read_threads: Reads in flight.
-        kernels: Who computes: ``native``, ``reference`` or ``auto``.
+        kernels: Who computes: ``native``, ``reference``, ``metal`` or ``auto``.
         threads: Threads that compute, with native kernels. None: one per core.
         revision: Branch, tag or commit of a Hub repository.
         tokenizer_config: As in ``mlx_lm.load``.
@@ -121,7 +122,7 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
     Raises:
         FlashError: If the budget is too small, or bytes cannot be read.
     """
-    extension = computing.extension(lazy, knobs)
+    extension, on_metal = computing.extension(lazy, knobs), computing.on_metal(knobs)
     # The compiled pool calls no Python: with a policy or reader from outside, Python fetches.
     pools = None if knobs.from_outside else extension or computing.pools(lazy, knobs)
     decided = make_plan(lazy, knobs)
@@ -136,10 +137,13 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
         reader = plugins.open_reader(name, paths, knobs.read_threads)
     try:
         stores = give_slots(lazy, decided, knobs, reader, paths, extension, pools)
+        if on_metal:  # its doors ask for shapes, which a ring takes away
+            _swap(lazy, stores, None, on_metal)
         layers = NativeReader(reader, paths) if pools is not None else reader
         ring = give_ring(lazy, decided, layers, extension)
         read_residents(lazy, decided, knobs, paths, extension, progress)
-        _swap(lazy, stores, extension)
+        if not on_metal:
+            _swap(lazy, stores, extension, on_metal)
         if ring is not None:
             _take_turns(lazy, decided, ring)
     except BaseException:
@@ -148,7 +152,9 @@ def stream(lazy: LazyModel, knobs: StreamConfig, progress: Progress | None = Non
     return as_streamed(lazy.model, decided, reader, tuple(stores.values()), ring)
 
 
-def _swap(lazy: LazyModel, stores: Mapping[str, Store], extension: ModuleType | None) -> None:
+def _swap(
+    lazy: LazyModel, stores: Mapping[str, Store], extension: ModuleType | None, on_metal: bool
+) -> None:
     """Replace switch layers by what computes on slots, and what else has a kernel."""
     swapped: list[tuple[str, nn.Module]] = []
     for path, switch in lazy.switches.items():
@@ -159,13 +165,20 @@ def _swap(lazy: LazyModel, stores: Mapping[str, Store], extension: ModuleType | 
             continue
         if extension is not None:
             switch = NativeSwitch(switch, extension)
+        elif on_metal and metal.supports(switch):
+            switch = metal.MetalSwitch(switch)
         elif needs_dense(switch):
             use_dense(switch)
         if isinstance(store, (ExpertStore, NativeStore)):
-            swapped.append((path, StreamedSwitch(switch, store)))
+            streamed = StreamedSum if hasattr(switch, "weighted") else StreamedSwitch
+            swapped.append((path, streamed(switch, store)))
+        elif switch is not lazy.switches[path]:
+            swapped.append((path, switch))
     lazy.model.update_modules(tree_unflatten(swapped))
     if extension is not None:
         lazy.architecture.use_kernels(lazy.model, extension)
+    if on_metal:
+        lazy.architecture.use_metal(lazy.model)
 
 
 def _take_turns(lazy: LazyModel, decided: Plan, ring: LayerRing) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 import pytest
-from conftest import FORMS
+from forms import FORMS
 from mlx_lm.generate import batch_generate, generate_step
 
 import mlx_flash

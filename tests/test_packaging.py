@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 MAX_WHEEL_BYTES = 20e6
+GPUS = ("metal", "cuda")
 
 
 def built(out, **environment):
@@ -38,7 +39,21 @@ def test_wheel_is_small_and_carries_the_demo_model(tmp_path, compiled):
     assert expected - kernels <= set(names)
     assert any(n.startswith("mlx_flash/_native.c") for n in names) == compiled
     assert "mlx_flash/demo/model.safetensors" in names
+    bodies = {
+        p.relative_to(ROOT) for gpu in GPUS for p in (ROOT / "custom_kernels" / gpu).rglob("*.*")
+    }
+    assert any(path.suffix == ".metal" for path in bodies)
+    assert {f"mlx_flash/{path}" for path in bodies} <= set(names)
     assert not [n for n in names if n.startswith(("tests/", "examples/", "benchmarks/"))]
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    found = subprocess.run(
+        [sys.executable, "-c", "from mlx_flash.kernels.metal import sources; print(sources())"],
+        cwd=tmp_path / "installed",
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert Path(found.stdout.strip()) == tmp_path / "installed/mlx_flash/custom_kernels/metal"
 
 
 def brought(system, extra=""):

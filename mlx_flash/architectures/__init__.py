@@ -28,6 +28,10 @@ from mlx_lm.utils import MODEL_REMAPPING, _get_classes
 from .. import plugins
 from ..errors import PluginError, UnsupportedModelError
 from ..kernels import attention, gated_delta, linear, mlp, norm, ssm
+from ..kernels.metal import delta as metal_delta
+from ..kernels.metal import moe as metal_moe
+from ..kernels.metal import norm as metal_norm
+from ..kernels.metal import ssm as metal_ssm
 from ..step import Step
 from ..streaming.plan import LayerExperts
 
@@ -107,6 +111,14 @@ class Architecture:
         """
         for door in (linear, norm, mlp, gated_delta, ssm, attention):
             door.use_native(model)
+
+    def use_metal(self, model: nn.Module) -> None:
+        """Swap what the Metal kernels decode faster than MLX's own operations, in place.
+
+        The switch layers that they support hold a ``MetalSwitch``.
+        """
+        for door in (metal_moe, metal_delta, metal_ssm, metal_norm):
+            door.use_metal(model)
 
 
 class Untested(Architecture):

@@ -11,6 +11,7 @@ from .bench import bench
 from .cache_prompt import cache_prompt
 from .generate import generate, say_error
 from .inspect import inspect
+from .selftest import selftest
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +27,7 @@ app.command("generate")(generate)
 app.command("cache-prompt")(cache_prompt)
 app.command("bench")(bench)
 app.command("inspect")(inspect)
+app.command("selftest")(selftest)
 
 
 def _say_version(wanted: bool) -> None:

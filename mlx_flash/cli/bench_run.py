@@ -24,7 +24,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from ..architectures import text_config
 from ..config import StreamConfig
 from ..errors import BudgetError, FlashError
-from ..kernels import linear, native
+from ..kernels import linear, metal, native
 from ..kernels.experts import NativeSwitch
 from ..loader import stream
 from ..machine import Machine, drop_from_page_cache, peak_rss_bytes
@@ -266,6 +266,8 @@ def _knobs(job: Job) -> StreamConfig:
 
 
 def _kernels(model: StreamedModel) -> str:
+    if any(type(m).__module__.startswith(metal.__name__) for m in model.modules()):
+        return "metal"
     extension = native()
     ours = (NativeSwitch, *linear.CLASSES.values())
     if extension is None or not any(isinstance(m, ours) for m in model.modules()):

@@ -109,6 +109,7 @@ Kernels = Annotated[
     typer.Option(
         help="Who computes: native, the compiled kernels; reference, MLX's own operations; "
         "graph, MLX's own with experts fetched inside its graph, never tried on a GPU; "
+        "metal, ours on a Mac, where mlx-flash selftest tries them first; "
         "auto: native on a CPU, where they are built.",
         rich_help_panel=STREAMING,
     ),

@@ -5,6 +5,8 @@ router's indices once per streamed layer, on any build of MLX. With a ``NativeSt
 leaves that to a node of MLX's graph.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -32,26 +34,36 @@ class StreamedSwitch(nn.Module):
         self.switch = switch
         # What else a model hangs on the layer, such as a norm that it calls itself.
         for name, part in switch.items():
-            if not isinstance(part, PROJECTIONS):
+            if name not in self and not isinstance(part, PROJECTIONS):
                 self[name] = part
         self._store = store
         self._pending: mx.array | None = None
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         # x: [..., D], indices: [..., top_k] -> [..., top_k, D]
+        return self._computed(x, indices, self.switch, lambda parts: parts)
+
+    def _computed(
+        self,
+        x: mx.array,
+        indices: mx.array,
+        on_slots: Callable[[mx.array, mx.array], mx.array],
+        after_waves: Callable[[mx.array], mx.array],
+    ) -> mx.array:
+        # on_slots: of x and slots, all at once; after_waves: of [..., top_k, D], where that fails
         if isinstance(self._store, NativeStore) and indices.size <= self._store.num_slots:
             # What was computed on these slots before has to come first.
             slots = self._store.place_in_graph(indices, self._pending)
-            self._pending = self.switch(x, slots)
+            self._pending = on_slots(x, slots)
             return self._pending
         routed = np.array(indices)  # the one sync: disk reads need real ids
         experts = np.unique(routed)
         self._settle()
         y: mx.array
         if len(experts) <= self._store.num_slots:
-            y = self.switch(x, self._slots(experts, routed))
+            y = on_slots(x, self._slots(experts, routed))
         else:
-            y = self._in_waves(x, routed, experts)
+            y = after_waves(self._in_waves(x, routed, experts))
         self._pending = y
         if y.nbytes > LARGE_OUTPUT_BYTES:
             self._settle()  # a prompt's output: keep nothing of it alive
@@ -91,3 +103,41 @@ class StreamedSwitch(nn.Module):
         back = np.argsort(np.concatenate(order))
         y = mx.concatenate(outputs)[mx.array(back)]
         return y.reshape(*routed.shape, -1)
+
+
+class StreamedSum(StreamedSwitch):
+    """A ``StreamedSwitch`` whose layer also takes the weighted sum over a token's experts."""
+
+    def weighted(
+        self,
+        x: mx.array,
+        indices: mx.array,
+        scores: mx.array,
+        shared: mx.array | None = None,
+        shared_gate: mx.array | None = None,
+    ) -> mx.array:
+        """``(self(x, indices) * scores[..., None]).sum(axis=-2)`` and a shared expert's part.
+
+        Args:
+            x: [..., D]
+            indices: [..., top_k]
+            scores: [..., top_k]
+            shared: [..., D], added.
+            shared_gate: [..., 1] logits; their sigmoid multiplies ``shared``.
+
+        Returns:
+            [..., D] in the dtype of ``x``, summed in float32.
+        """
+
+        def at_once(x: mx.array, slots: mx.array) -> mx.array:
+            rest = [part for part in (shared, shared_gate) if part is not None]
+            y: mx.array = self.switch.weighted(x, slots, scores, *rest)
+            return y
+
+        def of_parts(parts: mx.array) -> mx.array:
+            y = (parts * scores.astype(mx.float32)[..., None]).sum(axis=-2)
+            if shared is not None:
+                y = y + (shared if shared_gate is None else mx.sigmoid(shared_gate) * shared)
+            return y.astype(x.dtype)
+
+        return self._computed(x, indices, at_once, of_parts)

@@ -68,6 +68,11 @@ class Kernel:
         return made
 
 
+def available() -> bool:
+    """Whether MLX computes on a GPU that Metal drives."""
+    return mx.metal.is_available() and mx.default_device() == mx.gpu
+
+
 def sources() -> Path:
     """The folder of kernel bodies: in an installed package, or beside it in a checkout."""
     package = Path(__file__).parents[2]

@@ -132,7 +132,7 @@ def reference(
         eps=1e-6,
     )
     y, state = gated_delta_update(
-        q, k, v.reshape(batch, 1, heads, rows), a, b, a_log, dt_bias, state, use_kernel=False
+        q, k, v.reshape(batch, 1, heads, rows), a, b, a_log, dt_bias, state
     )
     y = precise_swiglu(y, z.reshape(y.shape), mx.fast.rms_norm(y, norm, eps))
     return y.reshape(batch, 1, -1), tokens[:, 1:], state

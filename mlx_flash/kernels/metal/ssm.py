@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.nemotron_h import NemotronHMamba2Mixer
-from mlx_lm.models.ssm import ssm_attn
+from mlx_lm.models.ssm import ssm_update
 
 from . import SIMD, Kernel
 from . import norm as norm_door
@@ -109,7 +109,7 @@ def reference(
     mixed = mx.conv1d(tokens, conv, groups=channels)
     mixed = nn.silu(mixed if bias is None else mixed + bias)
     x, b, c = mx.split(mixed, [inner, inner + groups * row], axis=-1)
-    y, state = ssm_attn(
+    y, state = ssm_update(
         x.reshape(batch, 1, heads, rows),
         a_log,
         b.reshape(batch, 1, groups, row),
