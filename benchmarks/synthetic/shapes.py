@@ -98,12 +98,23 @@ def published_layers(shape: str) -> int:
 def skeleton(
     config: dict[str, Any], dtype: str, bits: int | None, group_size: int | None, mode: str
 ) -> Skeleton:
+    """What the checkpoint of ``lazy_model`` consists of. Arguments and errors are the same."""
+    model, config = lazy_model(config, dtype, bits, group_size, mode)
+    return Skeleton(config, list(_tensors(model)), get_total_parameters(model))
+
+
+def lazy_model(
+    config: dict[str, Any], dtype: str, bits: int | None, group_size: int | None, mode: str
+) -> tuple[nn.Module, dict[str, Any]]:
     """Builds mlx-lm's model lazily, casts and quantizes it as ``mlx_lm.convert`` does.
 
     Args:
         config: As in ``config.json``; it is not changed.
         dtype: Of scales, norms and plain weights. What mlx-lm keeps in float32 stays so.
         bits, group_size: None for the default of ``mode``.
+
+    Returns:
+        The model and its config.
 
     Raises:
         ValueError: If MLX has no such quantization, or no layer can take it.
@@ -119,10 +130,9 @@ def skeleton(
     model.update(tree_map_with_path(to_dtype, model.parameters()))
     with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints its bits per weight
         model, config = quantize_model(model, config, group_size, bits, mode)
-    tensors = list(_tensors(model))
-    if not any(tensor.quantized for tensor in tensors):
+    if not any(tensor.quantized for tensor in _tensors(model)):
         raise ValueError(f"No layer can take group size {group_size}. Try 32, 64 or 128.")
-    return Skeleton(config, tensors, get_total_parameters(model))
+    return model, config
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

@@ -4,7 +4,9 @@ In float32, where both are exact to rounding: the same greedy tokens, and log-pr
 differ by less than ``BOUND``. The router decides the same or what follows is another text.
 """
 
+import sys
 from collections import Counter
+from pathlib import Path
 
 import dense_configs
 import door
@@ -16,6 +18,10 @@ from forms import FORMS
 from mlx_lm.generate import generate_step
 from mlx_lm.models import gated_delta, ssm
 from mlx_lm.models.cache import make_prompt_cache
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))  # scripts, not a package
+
+import launches
 
 import mlx_flash
 from mlx_flash import demo, dense
@@ -192,6 +198,7 @@ def test_the_direct_reader_is_not_for_it(on_a_mac):
 VIEWS = {
     *("Reshape", "Broadcast", "BroadcastAxes", "Transpose", "ExpandDims", "Squeeze", "Flatten"),
     *("Unflatten", "Slice", "Split", "AsStrided", "View", "StopGradient", "Depends", "Copy"),
+    "Contiguous",  # which copies, or does not
 }
 
 
@@ -218,13 +225,6 @@ def launches_per_token(model, monkeypatch, tmp_path):
     def alike(name):
         return lambda x, *rest, **_: once(name, [x, *rest], (x.shape, x.dtype))[0]
 
-    def recurrence(name, value, state):
-        def call(*given, **_):
-            x = given[value]
-            return tuple(once(name, given, (x.shape, x.dtype), (given[state].shape, mx.float32)))
-
-        return call
-
     def attention(q, k, v, **_):
         return once("attention", [q, k, v], ((*q.shape[:-1], v.shape[-1]), q.dtype))[0]
 
@@ -243,8 +243,8 @@ def launches_per_token(model, monkeypatch, tmp_path):
         mac.setattr(mx, "dequantize", dequantize)
         mac.setattr(mx, "default_device", lambda: mx.gpu)
         mac.setattr(mx.metal, "is_available", lambda: True)
-        mac.setattr(gated_delta, "gated_delta_kernel", recurrence("gated_delta", 2, 5))
-        mac.setattr(ssm, "ssm_update_kernel", recurrence("ssm", 0, 7))
+        mac.setattr(gated_delta, "_gated_delta_kernel", metal_kernel("gated_delta"))
+        mac.setattr(ssm, "_ssm_kernel", metal_kernel("ssm"))
         logits = model(mx.array([[7]]), cache=cache)
     path = tmp_path / "graph.dot"
     states = [x for c in cache for x in c.state if isinstance(x, mx.array)]
@@ -260,4 +260,6 @@ def test_a_token_takes_fewer_launches(on_a_mac, monkeypatch, folder, tmp_path, n
         model = loaded(folder(name), kernels, 1000)
         ran, nodes = launches_per_token(model, monkeypatch, tmp_path)
         counted[kernels] = sum(ran.values()) + sum(nodes.values())
+        rows = launches.of_token(model, {}, launches.states_of(model, 20))
+        assert sum(row["launches"] for row in rows) == counted[kernels], "as in a trace"
     assert counted["metal"] < 0.56 * counted["reference"]
