@@ -102,8 +102,8 @@ def test_the_command_prints_a_table_to_paste():
     for trial in native_trials(trials.QUICK):
         rows = [line for line in lines if f"ok   {trial.kernel} " in line]
         assert any(trial.shape in row for row in rows), trial
-    assert lines[-1].startswith("native: all right")
-    assert "--kernels native" in " ".join(lines[-2:])
+    assert lines[-2].startswith("native: all right")
+    assert lines[-1].endswith("whether --kernels native pays.")
 
 
 @needs_native
@@ -111,7 +111,7 @@ def test_the_command_for_machines():
     said = door.run("selftest", "--quick", "--json")
     assert said.code == 0
     facts = json.loads(said.out)
-    assert facts["right"] and facts["quick"] and facts["none"] is None
+    assert facts["right"] and facts["complete"] and facts["quick"] and facts["none"] is None
     (native,) = facts["backends"]
     assert native["name"] == "native"
     assert len(native["trials"]) == len(native_trials(trials.QUICK))
@@ -165,6 +165,20 @@ def test_whose_operation_raised_is_said():
     assert verdict.fault == "MLX's own: ValueError: not in MLX"
 
 
+@pytest.mark.parametrize("error", [AttributeError, IndexError, FileNotFoundError, MemoryError])
+def test_a_trial_that_cannot_run_is_a_row_of_the_table(error):
+    def lacking(*_):
+        raise error("mlx.core has no such thing")
+
+    for make, whose in (
+        (lambda: Case(lacking, lambda x: x, [(mx.ones(3),)], 4), "ours"),
+        (lacking, "its arrays"),
+    ):
+        verdict = judge(Trial("new", "3", mx.float32, make))
+        assert not verdict.right
+        assert verdict.fault == f"{whose}: {error.__name__}: mlx.core has no such thing"
+
+
 def test_the_answer_is_held_to_float32_of_the_same_arguments():
     x = mx.array([1 + 2**-7, 1e-3]).astype(mx.bfloat16)
     seen = []
@@ -216,14 +230,19 @@ def test_advice_follows_the_figures():
     trial = Trial("kernel", "1", mx.float32, lambda: None)
     backend = backends.Backend("metal", "--kernels metal", "a GPU", lambda sizes: [])
 
-    def advice(*times, error=0.0):
+    def advice(*times, error=0.0, planned=None, quick=False):
         verdicts = [Verdict(trial, error, ours, stock, 1) for ours, stock in times]
-        return Found(backend, verdicts).advice
+        return Found(backend, [trial] * (planned or len(times)), verdicts).advice(quick)
 
     assert advice((1, 3), (1, 2), (2, 1)) == (
         "metal: all right, 2 of 3 faster than MLX's own, 2.0x in the middle; "
-        "--kernels metal pays here."
+        "--kernels metal should pay here."
     )
+    assert advice((1, 3), quick=True).endswith(
+        "without --quick it is seen whether --kernels metal pays."
+    )
+    assert advice((1, 9), planned=26) == "metal: 1 of 26 tried, none of them wrong."
+    assert advice((1, 9), planned=26, error=1.0).startswith("FAIL: 1 of 1 are wrong (kernel).")
     assert "MLX's own are better here" in advice((2, 1), (3, 1), (1, 2))
     assert advice((1, 9), error=1.0).startswith("FAIL: 1 of 1 are wrong (kernel).")
     assert advice((1, 9), error=float("nan")).startswith("FAIL: 1 of 1 are wrong (kernel).")
@@ -258,5 +277,6 @@ def test_an_interrupt_leaves_the_table_so_far():
     process.stdin.close()
     assert code == 130
     assert "\nok   experts 2 bit" in out
+    assert out.rstrip().endswith("tried, none of them wrong."), "no advice from a few"
     assert b"not every kernel was tried" in terminal and b"Traceback" not in terminal
     assert b"\x1b[?25h" in terminal, "the cursor is hidden for good"
