@@ -275,12 +275,6 @@ def test_more_experts_than_simdgroups_take_turns(metal):
     assert close(door.down(*case), down_exact(*case))
 
 
-def test_down_gives_the_same_bits_again(metal):
-    case = down_case(10, (4, 64), dtype=mx.float32)
-    first, again = door.down(*case), door.down(*case)
-    assert np.array_equal(np.array(first).view(np.uint32), np.array(again).view(np.uint32))
-
-
 # The kernels' text with one thing wrong: a comparison fails, or the emulator finds it.
 WRONG = [
     ("gate_up", "dequantize.h", "10 - BITS - BITS * J", "10 - BITS - BITS * (J ^ 1)"),
