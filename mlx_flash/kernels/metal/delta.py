@@ -16,7 +16,16 @@ from mlx_lm.models.qwen3_5 import GatedDeltaNet
 from mlx_lm.models.qwen3_next import Qwen3NextGatedDeltaNet
 
 from . import SIMD, Kernel
-from .recurrence import conv_fits, decodes, history_of, keep, simdgroups, state_fits, state_of
+from .recurrence import (
+    conv_fits,
+    decodes,
+    history_of,
+    keep,
+    pairs_of,
+    simdgroups,
+    state_fits,
+    state_of,
+)
 from .recurrence import swap as swap_classes
 
 INPUTS = (
@@ -83,7 +92,7 @@ def delta_step(
         template=[
             *(("T", dtype), ("ConvT", conv.dtype), ("LogT", a_log.dtype)),
             *(("BiasT", dt_bias.dtype), ("NormT", norm.dtype)),
-            *(("Hk", _key_heads(channels, state)), ("Hv", heads), ("Dk", row), ("Dv", rows)),
+            *(("Hk", pairs_of(channels, state)), ("Hv", heads), ("Dk", row), ("Dv", rows)),
             *(("TAPS", taps), ("SIMDS", simds), ("GROUPED", grouped)),
         ],
         grid=(SIMD * simds, heads, batch),
@@ -114,7 +123,7 @@ def reference(
     """``delta_step`` by the operations of mlx-lm's class, which round where they do."""
     batch, heads, rows, row = state.shape
     channels = conv.shape[0]
-    key_heads = _key_heads(channels, state)
+    key_heads = pairs_of(channels, state)
     if grouped:
         sizes = SimpleNamespace(
             num_k_heads=key_heads, num_v_heads=heads, head_k_dim=row, head_v_dim=rows
@@ -220,11 +229,6 @@ def _step(
     )
     keep(cache, history, state)
     return y
-
-
-def _key_heads(channels: int, state: mx.array) -> int:
-    _, heads, rows, row = state.shape
-    return (channels - heads * rows) // (2 * row)
 
 
 CLASSES: dict[type, type] = {
