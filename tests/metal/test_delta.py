@@ -300,6 +300,9 @@ def test_use_metal_swaps_what_it_supports(metal):
 
     assert type(swapped("qwen3_5", linear_value_head_dim=6)) is qwen3_5.GatedDeltaNet
     assert type(swapped("qwen3_5", linear_key_head_dim=48)) is qwen3_5.GatedDeltaNet
+    assert type(swapped("qwen3_5", linear_key_head_dim=128)) is delta.MetalGatedDeltaNet
+    assert state_fits(32, 256) and not delta.fits(32, 256), "q and k need registers too"
+    assert type(swapped("qwen3_5", linear_key_head_dim=256)) is qwen3_5.GatedDeltaNet
     net = net_of("qwen3_5")
     net.__class__ = Other
     delta.use_metal(net)
