@@ -39,8 +39,8 @@ def selftest(
 
     error   largest difference from MLX's operations in float32, as a share
             of the largest value
-    ours    median time of one call; on a GPU, of calls that wait for each
-            other, as those of a model do
+    ours    median time of one call, its graph already built; on a GPU, of
+            calls that wait for each other, as those of a model do
     MLX     the same by MLX's own operations, or mlx-lm's
     GB/s    what a call has to move, by our time: compare it with the memory
     """
