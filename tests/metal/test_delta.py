@@ -279,6 +279,10 @@ def test_what_the_kernel_does_not_take_is_mlx_lms(metal, kind):
     with metal.recording() as launches:
         assert mx.array_equal(net(x, mask), stock(x, mask))
         assert mx.array_equal(net(x, None, ragged[1]), stock(x, None, ragged[0]))
+        half = ArraysCache(2), ArraysCache(2)
+        for cache in half:
+            cache[1] = mx.ones((2, 4, 32, 32), mx.bfloat16)
+        assert mx.array_equal(net(x, None, half[1]), stock(x, None, half[0]))
         stock.train(), net.train()
         assert mx.array_equal(net(x), stock(x))
     assert launches == []

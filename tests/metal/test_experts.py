@@ -380,6 +380,15 @@ def test_prompts_stay_with_mlx(metal):
     assert mx.array_equal(found, wanted)
 
 
+def test_tokens_that_are_broadcast_stay_with_mlx(metal):
+    switch = switch_of()
+    rng = np.random.default_rng(0)
+    x, ids = floats(rng, (1, 1, 128)), routed(rng, 3, 4, 12)[None]
+    with recording() as launches:
+        assert mx.array_equal(door.MetalSwitch(switch)(x, ids), switch(x, ids))
+    assert not launches
+
+
 def test_parameters_stay_with_the_wrapped_switch():
     switch = switch_of()
     wrapped = door.MetalSwitch(switch)
@@ -413,6 +422,13 @@ def test_supports_says_which_layers_the_kernels_take(switch, taken):
     if not taken:
         with pytest.raises(TypeError, match="no Metal kernels"):
             door.MetalSwitch(switch())
+
+
+def test_too_few_rows_for_a_pointer_to_device_memory():
+    for rows, taken in ((4, False), (8, True)):
+        mlp = qwen3_next.Qwen3NextMLP(128, rows)
+        nn.quantize(mlp, 32, 4, class_predicate=lambda path, _: path in ("gate_proj", "up_proj"))
+        assert door.supports_mlp(mlp) is taken
 
 
 def extended(switch):
