@@ -505,6 +505,7 @@ def gpt_oss_block():
 
 STOCK = {
     "qwen3_next": qwen,
+    "qwen3_next, not normalized": functools.partial(qwen, norm_topk_prob=False),
     "qwen3_moe": functools.partial(qwen, qwen3_moe.Qwen3MoeSparseMoeBlock),
     "qwen3_moe, not normalized": functools.partial(
         qwen, qwen3_moe.Qwen3MoeSparseMoeBlock, norm_topk_prob=False
