@@ -149,6 +149,29 @@ def test_a_wrong_kernel_is_found(extension, monkeypatch, how):
     assert [t["kernel"] for t in facts["backends"][0]["trials"] if not t["right"]] == ["rms norm"]
 
 
+def test_what_follows_a_fault_of_the_gpu_is_not_blamed_for_it(monkeypatch):
+    def fault(_):
+        raise RuntimeError("[METAL] Command buffer execution failed")
+
+    good = Case(lambda x: x, lambda x: x, [(mx.ones(3),)], 4)
+    bad = Case(fault, lambda x: x, [(mx.ones(3),)], 4)
+    few = [Trial(name, "3", mx.float32, lambda c=c: c) for name, c in (("a", bad), ("b", good))]
+    backend = backends.Backend("metal", "--kernels metal", "a GPU", lambda sizes: few)
+    monkeypatch.setattr(backends, "present", lambda: [backend])
+    said = door.run("selftest", "--quick")
+    assert said.code == 1 and "FAIL: 1 of 2 are wrong (a)." in said.out and "\nok   b" in said.out
+    monkeypatch.setattr(trials.mx, "eval", fault)
+    assert not trials.computes()
+    monkeypatch.undo()
+    assert trials.computes()
+    monkeypatch.setattr(backends, "present", lambda: [backend])
+    command = sys.modules["mlx_flash.cli.selftest"]  # the package names its function so
+    monkeypatch.setattr(command, "computes", lambda: False)
+    said = door.run("selftest", "--quick")
+    assert said.code == 1 and "FAIL: 1 of 1 are wrong (a)." in said.out
+    assert "Not tried: 1." in " ".join(said.out.split()) and "ok   b" not in said.out
+
+
 def test_no_answer_in_any_output_is_wrong():
     x = mx.ones(3)
     for last in (mx.array(float("nan")), mx.array(float("inf"))):

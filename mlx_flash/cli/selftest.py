@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import mlx.core as mx
 import typer
 
-from ..kernels.trials import FULL, QUICK, TOLERANCES, Trial, Verdict, backends, judge
+from ..kernels.trials import FULL, QUICK, TOLERANCES, Trial, Verdict, backends, computes, judge
 from ..kernels.trials.backends import Backend
 from ..machine import Machine, cores
 from ..streaming.plan import size
@@ -84,9 +84,11 @@ class Found:
         name, tried = self.backend.name, len(self.verdicts)
         if self.wrong:
             kernels = ", ".join(dict.fromkeys(v.trial.kernel for v in self.wrong))
+            left = len(self.planned) - tried
+            untried = f" Not tried: {left}." if left else ""
             return (
                 f"FAIL: {len(self.wrong)} of {tried} are wrong ({kernels}). Do not use "
-                f"{self.backend.turned_on}; please report this with the table."
+                f"{self.backend.turned_on}; please report this with the table.{untried}"
             )
         ratios = [v.ratio for v in self.verdicts if v.ratio is not None]
         if not ratios or not self.complete:
@@ -107,6 +109,8 @@ def _run(found: Sequence[Found], update: Callable[[int, int], None]) -> None:
     for done, (one, trial) in enumerate(planned):
         update(done, len(planned))
         one.verdicts.append(judge(trial))
+        if one.verdicts[-1].fault and not computes():
+            break  # what follows would be blamed for it
 
 
 def _machine() -> dict[str, str]:
