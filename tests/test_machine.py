@@ -178,7 +178,6 @@ def memory_group() -> Iterator[Path]:
 @pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
 def test_auto_honours_a_real_control_group(memory_group: Path) -> None:
     code = f"""
-import ctypes
 import os
 from pathlib import Path
 Path({str(memory_group / "cgroup.procs")!r}).write_text(str(os.getpid()))

@@ -102,8 +102,8 @@ def test_the_command_prints_a_table_to_paste():
     for trial in native_trials(trials.QUICK):
         rows = [line for line in lines if f"ok   {trial.kernel} " in line]
         assert any(trial.shape in row for row in rows), trial
-    assert lines[-1].startswith("native: all right")
-    assert "--kernels native" in " ".join(lines[-2:])
+    assert lines[-2].startswith("native: all right")
+    assert lines[-1].endswith("whether --kernels native pays.")
 
 
 @needs_native
@@ -111,7 +111,7 @@ def test_the_command_for_machines():
     said = door.run("selftest", "--quick", "--json")
     assert said.code == 0
     facts = json.loads(said.out)
-    assert facts["right"] and facts["quick"] and facts["none"] is None
+    assert facts["right"] and facts["complete"] and facts["quick"] and facts["none"] is None
     (native,) = facts["backends"]
     assert native["name"] == "native"
     assert len(native["trials"]) == len(native_trials(trials.QUICK))
@@ -149,6 +149,29 @@ def test_a_wrong_kernel_is_found(extension, monkeypatch, how):
     assert [t["kernel"] for t in facts["backends"][0]["trials"] if not t["right"]] == ["rms norm"]
 
 
+def test_what_follows_a_fault_of_the_gpu_is_not_blamed_for_it(monkeypatch):
+    def fault(_):
+        raise RuntimeError("[METAL] Command buffer execution failed")
+
+    good = Case(lambda x: x, lambda x: x, [(mx.ones(3),)], 4)
+    bad = Case(fault, lambda x: x, [(mx.ones(3),)], 4)
+    few = [Trial(name, "3", mx.float32, lambda c=c: c) for name, c in (("a", bad), ("b", good))]
+    backend = backends.Backend("metal", "--kernels metal", "a GPU", lambda sizes: few)
+    monkeypatch.setattr(backends, "present", lambda: [backend])
+    said = door.run("selftest", "--quick")
+    assert said.code == 1 and "FAIL: 1 of 2 are wrong (a)." in said.out and "\nok   b" in said.out
+    monkeypatch.setattr(trials.mx, "eval", fault)
+    assert not trials.computes()
+    monkeypatch.undo()
+    assert trials.computes()
+    monkeypatch.setattr(backends, "present", lambda: [backend])
+    command = sys.modules["mlx_flash.cli.selftest"]  # the package names its function so
+    monkeypatch.setattr(command, "computes", lambda: False)
+    said = door.run("selftest", "--quick")
+    assert said.code == 1 and "FAIL: 1 of 1 are wrong (a)." in said.out
+    assert "Not tried: 1." in " ".join(said.out.split()) and "ok   b" not in said.out
+
+
 def test_no_answer_in_any_output_is_wrong():
     x = mx.ones(3)
     for last in (mx.array(float("nan")), mx.array(float("inf"))):
@@ -163,6 +186,20 @@ def test_whose_operation_raised_is_said():
     case = Case(lambda x: x, stock, [(mx.ones(3),)], 4)
     verdict = judge(Trial("new", "3", mx.float32, lambda: case), timed=False)
     assert verdict.fault == "MLX's own: ValueError: not in MLX"
+
+
+@pytest.mark.parametrize("error", [AttributeError, IndexError, FileNotFoundError, MemoryError])
+def test_a_trial_that_cannot_run_is_a_row_of_the_table(error):
+    def lacking(*_):
+        raise error("mlx.core has no such thing")
+
+    for make, whose in (
+        (lambda: Case(lacking, lambda x: x, [(mx.ones(3),)], 4), "ours"),
+        (lacking, "its arrays"),
+    ):
+        verdict = judge(Trial("new", "3", mx.float32, make))
+        assert not verdict.right
+        assert verdict.fault == f"{whose}: {error.__name__}: mlx.core has no such thing"
 
 
 def test_the_answer_is_held_to_float32_of_the_same_arguments():
@@ -216,14 +253,19 @@ def test_advice_follows_the_figures():
     trial = Trial("kernel", "1", mx.float32, lambda: None)
     backend = backends.Backend("metal", "--kernels metal", "a GPU", lambda sizes: [])
 
-    def advice(*times, error=0.0):
+    def advice(*times, error=0.0, planned=None, quick=False):
         verdicts = [Verdict(trial, error, ours, stock, 1) for ours, stock in times]
-        return Found(backend, verdicts).advice
+        return Found(backend, [trial] * (planned or len(times)), verdicts).advice(quick)
 
     assert advice((1, 3), (1, 2), (2, 1)) == (
         "metal: all right, 2 of 3 faster than MLX's own, 2.0x in the middle; "
-        "--kernels metal pays here."
+        "--kernels metal should pay here."
     )
+    assert advice((1, 3), quick=True).endswith(
+        "without --quick it is seen whether --kernels metal pays."
+    )
+    assert advice((1, 9), planned=26) == "metal: 1 of 26 tried, none of them wrong."
+    assert advice((1, 9), planned=26, error=1.0).startswith("FAIL: 1 of 1 are wrong (kernel).")
     assert "MLX's own are better here" in advice((2, 1), (3, 1), (1, 2))
     assert advice((1, 9), error=1.0).startswith("FAIL: 1 of 1 are wrong (kernel).")
     assert advice((1, 9), error=float("nan")).startswith("FAIL: 1 of 1 are wrong (kernel).")
@@ -258,5 +300,6 @@ def test_an_interrupt_leaves_the_table_so_far():
     process.stdin.close()
     assert code == 130
     assert "\nok   experts 2 bit" in out
+    assert out.rstrip().endswith("tried, none of them wrong."), "no advice from a few"
     assert b"not every kernel was tried" in terminal and b"Traceback" not in terminal
     assert b"\x1b[?25h" in terminal, "the cursor is hidden for good"

@@ -3,8 +3,8 @@
 //
 // One block per sequence and value head, eight lanes to a row of the state, all of a lane's share
 // asked for before the convolution. Bytes: 8 Dv Dk a head for the state, 4.3 MB a layer of
-// Qwen3.5-35B-A3B, which an H200 moves in a microsecond: the launch is the cost, and stock mlx-lm
-// makes about twenty of them for want of a kernel on CUDA.
+// Qwen3.5-35B-A3B, a microsecond of an H200's whole bandwidth. Expected, not measured: the launch
+// is the cost, and stock mlx-lm makes about twenty of them for want of a kernel on CUDA.
 //
 // Grid: 32 WARPS threads (512 for 128 x 128) x Hv x B. 32 blocks leave SMs idle; a block on each
 // of them would save less than the second launch that the norm would then need.

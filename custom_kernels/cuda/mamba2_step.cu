@@ -2,8 +2,9 @@
 // lane. Formulas, shapes, layouts and types are those of metal/mamba2_step.metal.
 //
 // One block per sequence and head, eight lanes to a row of the state. Bytes: 8 Dh Ds a head for the
-// state, 4.5 MB a layer of Nemotron 3 Nano, which an H200 moves in a microsecond: the launch is the
-// cost, and stock mlx-lm makes about forty of them for want of a kernel on CUDA.
+// state, 4.5 MB a layer of Nemotron 3 Nano, a microsecond of an H200's whole bandwidth. Expected,
+// not measured: the launch is the cost, and stock mlx-lm makes about forty of them for want of a
+// kernel on CUDA.
 //
 // Grid: 32 WARPS threads (512 for 64 x 128) x H x B.
 

@@ -23,8 +23,7 @@ const uint row_groups = uint(inner / GROUP);
 const uint team = thread_index_in_simdgroup / LANES;
 const uint lane = thread_index_in_simdgroup % LANES;
 const uint pair = threadgroup_position_in_grid.y;
-const int first =
-    int(threadgroup_position_in_grid.x * 2 + simdgroup_index_in_threadgroup) * TILE + int(team);
+const int first = int(thread_position_in_grid.x / 32) * TILE + int(team);
 if (first - int(team) >= rows) return;
 
 const ulong base = ulong(slots[pair]) * uint(rows);

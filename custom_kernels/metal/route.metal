@@ -8,8 +8,8 @@
 // A NaN is worse than any number.
 //
 // Bytes: 2 or 4 T E; operations: K (3 E / 32 + 3 reductions) for each lane. Grid: 32 T, a simdgroup a
-// token, E / 32 experts in the registers of a lane. In decode one core works, for some 2 us: the
-// launch is what it costs, where MLX has about six.
+// token, E / 32 experts in the registers of a lane. In decode one core works, for some 2 us by
+// expectation, not measurement: the launch is what it costs, where MLX has about six.
 constexpr int SOFTMAX = 0;
 constexpr int SOFTMAX_TOP_K = 2;
 constexpr bool BY_LOGIT = !CORRECTED && GROUPS == 1;

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import mlx.core as mx
 import typer
 
-from ..kernels.trials import FULL, QUICK, TOLERANCES, Sizes, Verdict, backends, judge
+from ..kernels.trials import FULL, QUICK, TOLERANCES, Trial, Verdict, backends, computes, judge
 from ..kernels.trials.backends import Backend
 from ..machine import Machine, cores
 from ..streaming.plan import size
@@ -39,12 +39,13 @@ def selftest(
 
     error   largest difference from MLX's operations in float32, as a share
             of the largest value
-    ours    median time of one call; on a GPU, of calls that wait for each
-            other, as those of a model do
+    ours    median time of one call, its graph already built; on a GPU, of
+            calls that wait for each other, as those of a model do
     MLX     the same by MLX's own operations, or mlx-lm's
     GB/s    what a call has to move, by our time: compare it with the memory
     """
-    found = [Found(backend) for backend in backends.present()]
+    sizes = QUICK if quick else FULL
+    found = [Found(backend, backend.trials(sizes)) for backend in backends.present()]
     bars = ExitStack()
 
     def say() -> None:
@@ -56,7 +57,7 @@ def selftest(
         typer.echo("mlx-flash: interrupted, not every kernel was tried.", err=True)
 
     with Interrupt(interrupted), bars:
-        _run(found, QUICK if quick else FULL, bars.enter_context(progress.bar("selftest")))
+        _run(found, bars.enter_context(progress.bar("selftest")))
     say()
     if any(one.wrong for one in found):
         raise typer.Exit(1)
@@ -67,6 +68,7 @@ class Found:
     """What has been found of a backend so far."""
 
     backend: Backend
+    planned: Sequence[Trial]
     verdicts: list[Verdict] = field(default_factory=list)
 
     @property
@@ -74,30 +76,41 @@ class Found:
         return [verdict for verdict in self.verdicts if not verdict.right]
 
     @property
-    def advice(self) -> str:
+    def complete(self) -> bool:
+        return len(self.verdicts) == len(self.planned)
+
+    def advice(self, quick: bool) -> str:
         """Whether to use these kernels here, in a sentence or two."""
         name, tried = self.backend.name, len(self.verdicts)
         if self.wrong:
             kernels = ", ".join(dict.fromkeys(v.trial.kernel for v in self.wrong))
+            left = len(self.planned) - tried
+            untried = f" Not tried: {left}." if left else ""
             return (
                 f"FAIL: {len(self.wrong)} of {tried} are wrong ({kernels}). Do not use "
-                f"{self.backend.turned_on}; please report this with the table."
+                f"{self.backend.turned_on}; please report this with the table.{untried}"
             )
         ratios = [v.ratio for v in self.verdicts if v.ratio is not None]
-        if not ratios:
-            return f"{name}: nothing was tried."
+        if not ratios or not self.complete:
+            return f"{name}: {tried} of {len(self.planned)} tried, none of them wrong."
         faster, middle = sum(r > 1 for r in ratios), statistics.median(ratios)
         how_fast = f"{faster} of {tried} faster than MLX's own, {_times(middle)} in the middle"
-        pays = f"{self.backend.turned_on} pays here"
-        better = pays if middle > 1 else "MLX's own are better here"
-        return f"{name}: all right, {how_fast}; {better}."
+        if quick:
+            verdict = f"without --quick it is seen whether {self.backend.turned_on} pays"
+        elif middle > 1:
+            verdict = f"{self.backend.turned_on} should pay here"
+        else:
+            verdict = "MLX's own are better here"
+        return f"{name}: all right, {how_fast}; {verdict}."
 
 
-def _run(found: Sequence[Found], sizes: Sizes, update: Callable[[int, int], None]) -> None:
-    planned = [(one, trial) for one in found for trial in one.backend.trials(sizes)]
+def _run(found: Sequence[Found], update: Callable[[int, int], None]) -> None:
+    planned = [(one, trial) for one in found for trial in one.planned]
     for done, (one, trial) in enumerate(planned):
         update(done, len(planned))
         one.verdicts.append(judge(trial))
+        if one.verdicts[-1].fault and not computes():
+            break  # what follows would be blamed for it
 
 
 def _machine() -> dict[str, str]:
@@ -124,7 +137,11 @@ def _lines(found: Sequence[Found], quick: bool) -> list[str]:
         lines += ["", f"No kernels but MLX's own here: {backends.why_none()}."]
     for one in found:
         lines += ["", f"{one.backend.name}, {one.backend.runs_on}", *_table(one.verdicts)]
-    return [*lines, "", *(part for one in found for part in textwrap.wrap(one.advice, WIDTH))]
+    return [
+        *lines,
+        "",
+        *(part for one in found for part in textwrap.wrap(one.advice(quick), WIDTH)),
+    ]
 
 
 def _table(verdicts: Sequence[Verdict]) -> Iterator[str]:
@@ -166,12 +183,13 @@ def _facts(found: Sequence[Found], quick: bool) -> dict[str, Any]:
     return {
         **_machine(),
         "quick": quick,
+        "complete": all(one.complete for one in found),
         "right": not any(one.wrong for one in found),
         "backends": [
             {
                 "name": one.backend.name,
                 "runs_on": one.backend.runs_on,
-                "advice": one.advice,
+                "advice": one.advice(quick),
                 "trials": [_as_json(v) for v in one.verdicts],
             }
             for one in found

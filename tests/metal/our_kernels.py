@@ -8,11 +8,10 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-from mlx_flash.kernels.experts import AFFINE_BITS, MODES
+from mlx_flash.kernels.experts import AFFINE_BITS
 
 SLOTS, TOP_K, INNER, ROWS = 3, 2, 96, 21
-FORMS = [(mode, form[0]) for mode, form in MODES.items() if form]
-FORMS += [("affine", bits) for bits in AFFINE_BITS]
+FORMS = [("mxfp4", 4), *(("affine", bits) for bits in AFFINE_BITS)]
 KINDS = {
     True: ("clamped", "limited", "capped", "situ", "geglu"),
     False: ("relu2", "silu", "gelu"),
@@ -25,9 +24,8 @@ def normal(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
 
 
 def projection(inner: int, rows: int, bias: bool, dtype: mx.Dtype, mode: str, bits: int) -> Any:
-    group = 16 if mode == "nvfp4" else 32
     mx.random.seed(bits)
-    layer = QuantizedSwitchLinear(inner, rows, SLOTS, bias, group, bits, mode)
+    layer = QuantizedSwitchLinear(inner, rows, SLOTS, bias, 32, bits, mode)
     layer.set_dtype(dtype)
     return layer
 

@@ -279,6 +279,10 @@ def test_what_the_kernel_does_not_take_is_mlx_lms(metal, kind):
     with metal.recording() as launches:
         assert mx.array_equal(net(x, mask), stock(x, mask))
         assert mx.array_equal(net(x, None, ragged[1]), stock(x, None, ragged[0]))
+        half = ArraysCache(2), ArraysCache(2)
+        for cache in half:
+            cache[1] = mx.ones((2, 4, 32, 32), mx.bfloat16)
+        assert mx.array_equal(net(x, None, half[1]), stock(x, None, half[0]))
         stock.train(), net.train()
         assert mx.array_equal(net(x), stock(x))
     assert launches == []
@@ -300,6 +304,9 @@ def test_use_metal_swaps_what_it_supports(metal):
 
     assert type(swapped("qwen3_5", linear_value_head_dim=6)) is qwen3_5.GatedDeltaNet
     assert type(swapped("qwen3_5", linear_key_head_dim=48)) is qwen3_5.GatedDeltaNet
+    assert type(swapped("qwen3_5", linear_key_head_dim=128)) is delta.MetalGatedDeltaNet
+    assert state_fits(32, 256) and not delta.fits(32, 256), "q and k need registers too"
+    assert type(swapped("qwen3_5", linear_key_head_dim=256)) is qwen3_5.GatedDeltaNet
     net = net_of("qwen3_5")
     net.__class__ = Other
     delta.use_metal(net)

@@ -121,6 +121,13 @@ def test_a_router_chooses_as_float64_does(metal, name):
     assert mx.array_equal(found[0], stated[0])
 
 
+@pytest.mark.parametrize("correction", [None, mx.array([0.5, 0.0, -0.5, 0.1])])
+def test_fewer_experts_than_mlx_hands_over_as_device_memory(metal, correction):
+    logits = mx.array([[0.3, 0.2, 0.4, 0.1]])
+    how = {"score": "sigmoid", "correction": correction}
+    check(door.route(logits, 2, **how), numbers(logits), 2, **how)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
 @pytest.mark.parametrize("name", HOW)

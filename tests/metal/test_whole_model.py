@@ -13,7 +13,7 @@ import door
 import mlx.core as mx
 import pytest
 import tiny
-from family_configs import QWEN3_NEXT
+from family_configs import GPT_OSS, OLMOE, QWEN3_NEXT
 from forms import FORMS
 from mlx_lm.generate import generate_step
 from mlx_lm.models import gated_delta, ssm
@@ -102,6 +102,22 @@ def test_the_tokens_are_those_of_the_reference(on_a_mac, folder, name):
     assert len(set(tokens)) > 8, "a model that says one thing would hide a broken kernel"
     assert model.stats().evictions > 0
     assert {launch.name for launch in launches} == RUNS[name]
+
+
+@pytest.mark.parametrize("slots", [6, 1000])
+@pytest.mark.parametrize(
+    ("config", "runs"), [(OLMOE, {"gate_up"}), (GPT_OSS, MOE)], ids=["olmoe", "gpt_oss"]
+)
+def test_other_families_take_what_there_is_for_them(on_a_mac, tmp_path, config, runs, slots):
+    """Of a block that has no kernel of its own, the experts."""
+    path = tiny.write(tmp_path / "model", config=config, quantization=FOUR)
+    tokens, logprobs = decode(loaded(path, "reference", slots), 6)
+    model = loaded(path, "metal", slots)
+    with on_a_mac.recording() as launches:
+        ours, our_logprobs = decode(model, 6)
+    assert ours == tokens
+    assert mx.abs(our_logprobs - logprobs).max().item() < BOUND
+    assert {launch.name for launch in launches} == runs
 
 
 @pytest.mark.parametrize("name", ["qwen3_5_moe-4bit", "nemotron_h-mxfp4"])

@@ -47,7 +47,9 @@ class Kernel:
         """Put a launch into MLX's graph.
 
         Args:
-            *inputs: Contiguous arrays, and numbers, which the body sees as float.
+            *inputs: Arrays, and numbers, which the body sees as float. MLX copies what is not
+                contiguous. What a body loads as vectors has to begin where they may: at a
+                multiple of 16 bytes, as what MLX computes or loads does, and rows of it.
             template: Names that the body uses for types and integers, and what they are.
             grid: Threads, not groups, in x, y and z.
             threadgroup: Threads of a group in x, y and z.

@@ -16,7 +16,16 @@ from mlx_lm.models.qwen3_5 import GatedDeltaNet
 from mlx_lm.models.qwen3_next import Qwen3NextGatedDeltaNet
 
 from . import SIMD, Kernel
-from .recurrence import conv_fits, decodes, history_of, keep, simdgroups, state_fits, state_of
+from .recurrence import (
+    conv_fits,
+    decodes,
+    history_of,
+    keep,
+    pairs_of,
+    simdgroups,
+    state_fits,
+    state_of,
+)
 from .recurrence import swap as swap_classes
 
 INPUTS = (
@@ -24,6 +33,8 @@ INPUTS = (
     *("A_log", "dt_bias", "norm", "eps", "state"),
 )
 OUTPUTS = ("y", "new_history", "new_state")
+MAX_ROW = 128
+"""Of a state: beside it a lane holds its share of q and of k, and has registers for no more."""
 KERNEL = Kernel("delta_step", INPUTS, OUTPUTS, headers=["recurrence"])
 
 
@@ -58,7 +69,7 @@ def delta_step(
         a_log: [Hv]
         dt_bias: [Hv]
         norm: The norm's weight: [Dv].
-        state: [B, Hv, Dv, Dk] float32, in sizes that ``state_fits`` takes.
+        state: [B, Hv, Dv, Dk] float32, in sizes that ``fits`` takes.
         eps: Of the norm.
         grouped: Qwen3-Next's projections: ``qkv`` and ``z`` are both what ``in_proj_qkvz`` gives,
             [B, 1, 2 Hk Dk + 2 Hv Dv] with q, k, v and z of each key head side by side; ``a`` and
@@ -74,7 +85,7 @@ def delta_step(
     """
     batch, heads, rows, row = state.shape
     channels, taps, _ = conv.shape
-    if not state_fits(rows, row):
+    if not fits(rows, row):
         raise ValueError(f"a state of {rows} x {row} a head does not fit the kernel.")
     simds = simdgroups(rows)
     dtype = qkv.dtype
@@ -83,7 +94,7 @@ def delta_step(
         template=[
             *(("T", dtype), ("ConvT", conv.dtype), ("LogT", a_log.dtype)),
             *(("BiasT", dt_bias.dtype), ("NormT", norm.dtype)),
-            *(("Hk", _key_heads(channels, state)), ("Hv", heads), ("Dk", row), ("Dv", rows)),
+            *(("Hk", pairs_of(channels, state)), ("Hv", heads), ("Dk", row), ("Dv", rows)),
             *(("TAPS", taps), ("SIMDS", simds), ("GROUPED", grouped)),
         ],
         grid=(SIMD * simds, heads, batch),
@@ -114,7 +125,7 @@ def reference(
     """``delta_step`` by the operations of mlx-lm's class, which round where they do."""
     batch, heads, rows, row = state.shape
     channels = conv.shape[0]
-    key_heads = _key_heads(channels, state)
+    key_heads = pairs_of(channels, state)
     if grouped:
         sizes = SimpleNamespace(
             num_k_heads=key_heads, num_v_heads=heads, head_k_dim=row, head_v_dim=rows
@@ -149,10 +160,15 @@ def delta_step_bytes(
     return batch * (state + size * token) + size * weights
 
 
+def fits(rows: int, row: int) -> bool:
+    """Whether the kernel takes a head's state of ``rows`` rows with ``row`` elements each."""
+    return row <= MAX_ROW and state_fits(rows, row)
+
+
 def supports(net: Any) -> bool:
     """Whether the kernel takes a gated delta net of these sizes."""
-    fits = conv_fits(net.conv1d) and "bias" not in net.conv1d
-    return fits and state_fits(net.head_v_dim, net.head_k_dim)
+    convolves = conv_fits(net.conv1d) and "bias" not in net.conv1d
+    return convolves and fits(net.head_v_dim, net.head_k_dim)
 
 
 class MetalGatedDeltaNet(GatedDeltaNet):
@@ -220,11 +236,6 @@ def _step(
     )
     keep(cache, history, state)
     return y
-
-
-def _key_heads(channels: int, state: mx.array) -> int:
-    _, heads, rows, row = state.shape
-    return (channels - heads * rows) // (2 * row)
 
 
 CLASSES: dict[type, type] = {

@@ -144,7 +144,7 @@ def _routed(block: Any) -> bool:
 
 
 def _route_by_groups(gate: Any, x: mx.array) -> tuple[mx.array, mx.array]:
-    """A ``MoEGate`` of DeepSeek-V3, GLM-4 or Nemotron-H, of which two add such an eps."""
+    """A ``MoEGate`` of DeepSeek-V3, GLM-4 or Nemotron-H; not all add an eps that none notices."""
     return _route(
         x @ gate.weight.T,
         gate.top_k,

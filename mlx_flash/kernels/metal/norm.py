@@ -12,7 +12,6 @@ from mlx_lm.models.activations import precise_swiglu, swiglu
 from mlx_lm.models.nemotron_h import MambaRMSNormGated
 from mlx_lm.models.qwen3_next import Qwen3NextRMSNormGated
 
-from ..experts import FLOATS
 from . import SIMD, Kernel
 from .recurrence import swap as swap_classes
 
@@ -127,7 +126,7 @@ def use_metal(model: nn.Module) -> None:
 def _takes(norm: Any, *arrays: mx.array) -> bool:
     # A weight in another dtype than its input gives mlx-lm's answer another dtype than ours.
     same = all(array.dtype == norm.weight.dtype for array in arrays)
-    return same and norm.weight.dtype in FLOATS and not norm.training
+    return same and not norm.training
 
 
 def _launch(

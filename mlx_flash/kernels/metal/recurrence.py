@@ -71,6 +71,12 @@ def state_of(cache: Any | None, *shape: int) -> mx.array:
     return mx.zeros(shape) if cache is None or cache[1] is None else cache[1]
 
 
+def pairs_of(channels: int, state: mx.array) -> int:
+    """Pairs of rows, q and k or B and C, beside the values of a convolution's channels."""
+    _, heads, rows, row = state.shape
+    return (channels - heads * rows) // (2 * row)
+
+
 def keep(cache: Any | None, history: mx.array, state: mx.array) -> None:
     """Put what the next token needs into a cache, if there is one."""
     if cache is not None:

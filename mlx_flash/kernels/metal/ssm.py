@@ -14,7 +14,16 @@ from mlx_lm.models.ssm import ssm_update
 
 from . import SIMD, Kernel
 from . import norm as norm_door
-from .recurrence import conv_fits, decodes, history_of, keep, simdgroups, state_fits, state_of
+from .recurrence import (
+    conv_fits,
+    decodes,
+    history_of,
+    keep,
+    pairs_of,
+    simdgroups,
+    state_fits,
+    state_of,
+)
 from .recurrence import swap as swap_classes
 
 INPUTS = (
@@ -75,7 +84,7 @@ def mamba2_step(
         template=[
             *(("T", dtype), ("ConvT", conv.dtype), ("ConvBiasT", of_bias.dtype)),
             *(("LogT", a_log.dtype), ("SkipT", d.dtype), ("BiasT", dt_bias.dtype)),
-            *(("H", heads), ("G", _groups(channels, state)), ("Dh", rows), ("Ds", row)),
+            *(("H", heads), ("G", pairs_of(channels, state)), ("Dh", rows), ("Ds", row)),
             *(("TAPS", taps), ("SIMDS", simds), ("BIASED", bias is not None)),
         ],
         grid=(SIMD * simds, heads, batch),
@@ -103,7 +112,7 @@ def reference(
     """``mamba2_step`` by the operations of mlx-lm's class, which round where they do."""
     batch, heads, rows, row = state.shape
     channels, inner = conv.shape[0], heads * rows
-    groups = _groups(channels, state)
+    groups = pairs_of(channels, state)
     gate, token, dt = mx.split(projected, [inner, inner + channels], axis=-1)
     tokens = mx.concatenate([history, token], axis=1)
     mixed = mx.conv1d(tokens, conv, groups=channels)
@@ -181,11 +190,6 @@ class MetalMamba2Mixer(NemotronHMamba2Mixer):
 def use_metal(model: nn.Module) -> None:
     """Let the Mamba2 mixers in a model decode by the kernels, where they can."""
     swap_classes(model, CLASSES, supports)
-
-
-def _groups(channels: int, state: mx.array) -> int:
-    _, heads, rows, row = state.shape
-    return (channels - heads * rows) // (2 * row)
 
 
 CLASSES: dict[type, type] = {NemotronHMamba2Mixer: MetalMamba2Mixer}

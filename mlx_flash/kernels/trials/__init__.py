@@ -25,6 +25,8 @@ Form = dict[str, Any] | None
 BUDGET_S = 0.2  # for the repetitions of one side, where its first run is not longer
 REPETITIONS = (3, 15)
 FAULT_LENGTH = 800
+FAULTS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, OSError, MemoryError)
+"""What MLX raises, what one that lacks an operation does, and a kernel whose text is missing."""
 CHAIN = 16  # calls in a row on a GPU, where submitting work costs more than a small kernel
 TOLERANCES = {mx.float32: 3e-5, mx.float16: 2e-3, mx.bfloat16: 1.2e-2}
 """Of the largest value. Sums in float32; one rounding of the answer, some of what is between."""
@@ -134,9 +136,10 @@ def judge(trial: Trial, timed: bool = True) -> Verdict:
 
     The answer is held to float32 on the CPU, which no kernel of a GPU has a part in.
     """
-    whose = "ours"
+    whose = "its arrays"
     try:
         case = trial.make()
+        whose = "ours"
         got = _flat(case.ours(*case.variants[0]))
         mx.eval(got)
         whose = "MLX's own"
@@ -149,11 +152,20 @@ def judge(trial: Trial, timed: bool = True) -> Verdict:
             return Verdict(trial, off, nbytes=case.nbytes)
         linked = mx.default_device() != mx.cpu
         ours_s, stock_s = (seconds(call, case.variants, linked) for call in (case.ours, case.stock))
-    except (RuntimeError, ValueError, TypeError) as error:
+    except FAULTS as error:
         # What Metal's compiler has to say takes several lines.
         said = " ".join(str(error).split())[:FAULT_LENGTH]
         return Verdict(trial, float("nan"), fault=f"{whose}: {type(error).__name__}: {said}")
     return Verdict(trial, off, ours_s, stock_s, case.nbytes)
+
+
+def computes() -> bool:
+    """Whether MLX still computes. After one fault of a GPU its stream answers with that fault."""
+    try:
+        mx.eval(mx.ones(1) + 1)
+    except RuntimeError:
+        return False
+    return True
 
 
 def in_float32(module: Any) -> Any:
