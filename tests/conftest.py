@@ -1,10 +1,13 @@
 """What every test file shares: tiny checkpoints, written once a session."""
 
+import ctypes
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from forms import FORMS
 
@@ -30,6 +33,35 @@ def pytest_configure(config: pytest.Config) -> None:
         sys.modules["mlx_flash._native"] = None  # type: ignore[assignment]
         path = [str(HIDING), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+
+
+@pytest.fixture(autouse=True)
+def tasks_are_counted_right() -> Iterator[None]:
+    """Take back what MLX 0.32.4 counts too many when a read has failed.
+
+    It counts a task, and then refuses to enqueue it on a stream that has failed. From two such
+    tasks on a later evaluation may wait for them for ever, when it has ten others on their way.
+    """
+    yield
+    if ACTIVE_TASKS is None:
+        return
+    deadline = time.monotonic() + 0.5
+    while ACTIVE_TASKS.value > 0 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    ACTIVE_TASKS.value = 0
+
+
+def _active_tasks() -> ctypes.c_int | None:
+    """The first field of MLX's scheduler, where it is known to be that."""
+    library = Path(mx.__file__).parent / "lib" / "libmlx.so"
+    if mx.__version__ != "0.32.4" or not library.exists():
+        return None
+    scheduler = ctypes.CDLL(str(library))._ZN3mlx4core9scheduler9schedulerEv
+    scheduler.restype = ctypes.c_void_p
+    return ctypes.c_int.from_address(scheduler())
+
+
+ACTIVE_TASKS = _active_tasks()
 
 
 def pytest_report_header() -> str:
