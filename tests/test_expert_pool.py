@@ -411,10 +411,14 @@ def test_a_right_guess_is_read_once_and_is_a_miss(layer: Layer) -> None:
 def test_a_rank_that_guesses_wrong_is_not_read_any_more(layer: Layer) -> None:
     files = layer.files()
     pool = layer.pool(files, layer.slots())
-    counts = []
+    pool.place([3])
+    each, counts = files.bytes_read, []
     for call in range(60):
         wrong, right = 6 + call % 8, call % 3
+        there = files.bytes_read - each * pool.read_ahead
         pool.look_ahead([right, wrong])
+        while files.bytes_read < there + each * pool.read_ahead:
+            time.sleep(1e-4)  # no guess is taken while the last one is being read
         pool.place([right, 3])
         counts.append(pool.read_ahead)
     assert counts[-1] == counts[30], "the wrong rank is left alone, the right one is resident"
