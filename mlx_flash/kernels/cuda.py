@@ -6,7 +6,7 @@ CPU. Nothing turns them on by itself: ``use_cuda(model)`` does. The references a
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -15,71 +15,29 @@ from mlx_lm.models.nemotron_h import NemotronHMamba2Mixer
 from mlx_lm.models.qwen3_5 import GatedDeltaNet
 from mlx_lm.models.qwen3_next import Qwen3NextGatedDeltaNet
 
-from .metal import Template, delta, sources, ssm
+from .metal import Kernel, delta, sources, ssm
 from .metal.recurrence import swap
 
 
-class CudaKernel:
-    """A kernel body of ``custom_kernels/cuda``, launched as ``metal.Kernel`` launches its own.
+class CudaKernel(Kernel):
+    """A kernel body of ``custom_kernels/cuda``, launched as those of Metal are.
 
     MLX finds a compiled kernel by its name and template alone, so the template names the dtype of
-    every input.
+    every input. The body sees numbers as pointers to one.
     """
 
-    def __init__(self, name: str, inputs: Sequence[str], outputs: Sequence[str]):
-        self.name = name
-        self.inputs = tuple(inputs)
-        self.outputs = tuple(outputs)
+    def maker(self) -> Callable[..., Any]:
+        make: Callable[..., Any] = mx.fast.cuda_kernel
+        return make
 
-    def __call__(
-        self,
-        *inputs: mx.array | float,
-        template: Template,
-        grid: tuple[int, int, int],
-        threadgroup: tuple[int, int, int],
-        outputs: Sequence[tuple[Sequence[int], mx.Dtype]],
-    ) -> list[mx.array]:
-        """Put a launch into MLX's graph.
-
-        Args:
-            *inputs: Contiguous arrays, and numbers, which the body sees as pointers to one.
-            template: Names that the body uses for types and integers, and what they are.
-            grid: Threads, not blocks, in x, y and z.
-            threadgroup: Threads of a block in x, y and z.
-            outputs: Shape and dtype of each output.
-
-        Returns:
-            The outputs.
-
-        Raises:
-            RuntimeError: If this MLX has no CUDA backend.
-        """
-        made: list[mx.array] = _built(mx.fast.cuda_kernel, self)(
-            inputs=list(inputs),
-            template=list(template),
-            grid=grid,
-            threadgroup=threadgroup,
-            output_shapes=[tuple(shape) for shape, _ in outputs],
-            output_dtypes=[dtype for _, dtype in outputs],
-        )
-        return made
+    def texts(self) -> tuple[str, str]:
+        folder = sources().parent / "cuda"
+        headers = [(folder / f"{name}.cuh").read_text() for name in self.headers]
+        return (folder / f"{self.name}.cu").read_text(), "".join(headers)
 
 
-@functools.cache
-def _built(make: Callable[..., Any], kernel: CudaKernel) -> Any:
-    # Not at import: MLX refuses to make one where it has no CUDA.
-    folder = sources().parent / "cuda"
-    return make(
-        name=kernel.name,
-        input_names=list(kernel.inputs),
-        output_names=list(kernel.outputs),
-        source=(folder / f"{kernel.name}.cu").read_text(),
-        header=(folder / "recurrence.cuh").read_text(),
-    )
-
-
-DELTA_STEP = CudaKernel("delta_step", delta.INPUTS, delta.OUTPUTS)
-MAMBA2_STEP = CudaKernel("mamba2_step", ssm.INPUTS, ssm.OUTPUTS)
+DELTA_STEP = CudaKernel("delta_step", delta.INPUTS, delta.OUTPUTS, headers=["recurrence"])
+MAMBA2_STEP = CudaKernel("mamba2_step", ssm.INPUTS, ssm.OUTPUTS, headers=["recurrence"])
 delta_step = functools.partial(delta.delta_step, launch=DELTA_STEP)
 mamba2_step = functools.partial(ssm.mamba2_step, launch=MAMBA2_STEP)
 

@@ -66,7 +66,11 @@ launches: list["Launch"] = []
 
 
 class MetalFault(AssertionError):  # noqa: N818 (the word GPUs have for it)
-    """A kernel did what a GPU forbids or leaves undefined, or does not compile."""
+    """A kernel did what a GPU forbids or leaves undefined."""
+
+
+class CompileError(Exception):
+    """A kernel is no C++. Not a fault: a test that breaks a kernel has to break what it does."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +205,8 @@ def run_source(
         include: More folders for the source's own includes.
 
     Raises:
-        MetalFault: If it does not compile, or does what a GPU forbids.
+        CompileError: If it does not compile.
+        MetalFault: If it does what a GPU forbids.
     """
     built = build(source, mode, tuple(include))
     if mode == "sanitized":
@@ -242,7 +247,7 @@ def build(source: str, mode: str, include: tuple[Path, ...] = ()) -> Path:
     """The shared object, or with ``sanitized`` the program, of a complete Metal source.
 
     Raises:
-        MetalFault: With the compiler's first lines, if it does not compile.
+        CompileError: With the compiler's first lines.
     """
     text = _translation(source)
     flags = [*FLAGS, *MODES[mode], *(f"-I{folder}" for folder in include), f"-I{MLX_INCLUDE}"]
@@ -294,7 +299,7 @@ def _compile(target: Path, arguments: list[str]) -> None:
     done = subprocess.run([COMPILER, *arguments, "-o", str(made)], capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line][:4]
-        raise MetalFault("does not compile: " + "\n".join(errors or [done.stderr[:2000]]))
+        raise CompileError("does not compile: " + "\n".join(errors or [done.stderr[:2000]]))
     made.rename(target)
 
 
@@ -342,9 +347,9 @@ _FUNCTION = re.compile(r"\[\[kernel\]\]\s*(?:\[\[[^\]]*\]\]\s*)*void\s+(\w+)\s*\
 _INSTANCE = re.compile(r"\bdecltype\(((?:[^()]|\([^()]*\))*)\)[^;]*;")
 _PARAMETER = re.compile(r"\[\[\s*(\w+)\s*(?:\(\s*(\d+)\s*\))?\s*\]\]")
 # Variables, at the beginning of a statement: neither parameters nor pointers.
-_ARRAY = r"\w+(?:\s*\[[^\];]*\])*"
-_THREADGROUP_VARIABLES = re.compile(
-    rf"([;{{}}]\s*)threadgroup(\s+[\w:]+(?:\s*<[^;<>]*>)?\s+)({_ARRAY}(?:\s*,\s*{_ARRAY})*)\s*;"
+ARRAY = r"\w+(?:\s*\[[^\];]*\])*"
+THREADGROUP_VARIABLES = re.compile(
+    rf"([;{{}}]\s*)threadgroup(\s+[\w:]+(?:\s*<[^;<>]*>)?\s+)({ARRAY}(?:\s*,\s*{ARRAY})*)\s*;"
 )
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 
@@ -353,7 +358,7 @@ def _translation(source: str) -> str:
     """The Metal source as a C++ translation unit with an ``enter_kernel`` for lanes.cpp."""
     text = _COMMENT.sub(lambda m: "\n" * m[0].count("\n") or " ", source)
     for _ in range(2):  # neighbours share a semicolon
-        text = _THREADGROUP_VARIABLES.sub(_static, text)
+        text = THREADGROUP_VARIABLES.sub(_static, text)
     instances = _INSTANCE.findall(text)
     name = instances[-1] if instances else _FUNCTION.findall(text)[-1]
     # `template [[host_name(...)]] [[kernel]] decltype(f<T>) f<T>;` only names an instance.
@@ -379,7 +384,7 @@ def _translation(source: str) -> str:
 
 def _static(match: re.Match[str]) -> str:
     # Set to a constant: else the compiler would guard a template's variable with a flag.
-    variables = re.sub(rf"({_ARRAY})", r"\1 = {}", match[3])
+    variables = re.sub(rf"({ARRAY})", r"\1 = {}", match[3])
     return f"{match[1]}static{match[2]}{variables};"
 
 

@@ -27,10 +27,6 @@ FLAGS = [
     "-cl-single-precision-constant", "-fsyntax-only", "-Wno-everything",
     f"-cl-ext=+cl_khr_fp16,{','.join(f'-{name}' for name in OFF)}",
 ]  # fmt: skip
-_ARRAY = r"\w+(?:\s*\[[^\]]*\])*"
-_THREADGROUP_VARIABLES = re.compile(
-    rf"([;{{}}]\s*)threadgroup(\s+[\w:]+(?:\s*<[^;<>]*>)?\s+)({_ARRAY}(?:\s*,\s*{_ARRAY})*)\s*;"
-)
 
 
 def clang() -> list[str]:
@@ -51,7 +47,7 @@ def errors(source: str) -> str:
     """What clang says of a complete Metal source; empty if it takes it."""
     text = re.sub(r"//[^\n]*", "", source)
     for _ in range(2):  # neighbours share a semicolon
-        text = _THREADGROUP_VARIABLES.sub(_referred, text)
+        text = emulator.THREADGROUP_VARIABLES.sub(_referred, text)
     instance = re.compile(r"template\s*\[\[host_name[^;]*?decltype\((.*?)\)[^;]*;")
     text = instance.sub(r"template decltype(\1) \1;", text)
     text = re.sub(r"\[\[[^\]]*\]\]", "", text)
@@ -63,7 +59,7 @@ def errors(source: str) -> str:
 def _referred(match: re.Match[str]) -> str:
     # OpenCL has such variables in kernels only, and no templates of kernels.
     text = match[1]
-    for variable in re.findall(_ARRAY, match[3]):
+    for variable in re.findall(emulator.ARRAY, match[3]):
         name, size = re.fullmatch(r"(\w+)(.*)", variable, re.S).groups()
         text += f"typedef{match[2]}{name}_t{size}; "
         text += f"threadgroup {name}_t& {name} = *(threadgroup {name}_t*)0; "

@@ -85,7 +85,7 @@ def test_two_of_16_bits_are_added_in_16_bits(metal, name, sum_bits):
 def test_a_float_becomes_a_bfloat_only_when_cast(metal):
     ones = mx.ones((LANES,), mx.float32)
     source = "uint i = thread_position_in_grid.x; out[i] = in0[i];"
-    with pytest.raises(metal.MetalFault, match="does not compile"):
+    with pytest.raises(metal.CompileError):
         run(metal, source, [ones], (LANES,), mx.bfloat16)
 
 

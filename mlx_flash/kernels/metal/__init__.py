@@ -57,9 +57,11 @@ class Kernel:
 
         Returns:
             The outputs.
+
+        Raises:
+            RuntimeError: If MLX has no such backend here.
         """
-        launch = _built(mx.fast.metal_kernel, self)
-        made: list[mx.array] = launch(
+        made: list[mx.array] = _built(self.maker(), self)(
             inputs=[x if isinstance(x, mx.array) else _number(x) for x in inputs],
             template=list(template),
             grid=grid,
@@ -68,6 +70,17 @@ class Kernel:
             output_dtypes=[dtype for _, dtype in outputs],
         )
         return made
+
+    def maker(self) -> Callable[..., Any]:
+        """MLX's function that makes a kernel of its texts."""
+        make: Callable[..., Any] = mx.fast.metal_kernel
+        return make
+
+    def texts(self) -> tuple[str, str]:
+        """The body, and the headers in front of it."""
+        folder = sources()
+        headers = [(folder / f"{name}.h").read_text() for name in self.headers]
+        return (folder / f"{self.name}.metal").read_text(), "".join(headers)
 
 
 def available() -> bool:
@@ -92,12 +105,13 @@ def _number(value: float) -> mx.array:
 
 @functools.cache
 def _built(make: Callable[..., Any], kernel: Kernel) -> Any:
-    # ``make`` is part of the key: a test may stand in for Metal.
-    folder = sources()
+    # Not before the first launch: MLX may refuse to make one where it has no such backend.
+    # ``make`` is part of the key: a test may stand in for the backend.
+    body, header = kernel.texts()
     return make(
         name=kernel.name,
         input_names=list(kernel.inputs),
         output_names=list(kernel.outputs),
-        source=(folder / f"{kernel.name}.metal").read_text(),
-        header="".join((folder / f"{name}.h").read_text() for name in kernel.headers),
+        source=body,
+        header=header,
     )

@@ -90,7 +90,7 @@ def delta_step(
     simds = simdgroups(rows)
     dtype = qkv.dtype
     y, new_history, new_state = launch(
-        *(qkv, z, a, b, history, conv, a_log, dt_bias, norm, float(eps), state),
+        *(qkv, z, a, b, history, conv, a_log, dt_bias, norm, eps, state),
         template=[
             *(("T", dtype), ("ConvT", conv.dtype), ("LogT", a_log.dtype)),
             *(("BiasT", dt_bias.dtype), ("NormT", norm.dtype)),

@@ -136,7 +136,7 @@ def _launch(
     split = -(-size // PER_SIMDGROUP)
     y: mx.array
     (y,) = KERNEL(
-        *(x, z, weight, float(eps)),
+        *(x, z, weight, eps),
         template=[
             *(("T", dtype), ("InT", x.dtype), ("GateT", z.dtype), ("NormT", weight.dtype)),
             *(("SIZE", size), ("PARTS", weight.size // size), ("MODE", mode), ("SPLIT", split)),

@@ -80,7 +80,7 @@ def mamba2_step(
     dtype = projected.dtype
     of_bias = conv if bias is None else bias
     y, new_history, new_state = launch(
-        *(projected, history, conv, of_bias, a_log, d, dt_bias, *map(float, limits), state),
+        *(projected, history, conv, of_bias, a_log, d, dt_bias, *limits, state),
         template=[
             *(("T", dtype), ("ConvT", conv.dtype), ("ConvBiasT", of_bias.dtype)),
             *(("LogT", a_log.dtype), ("SkipT", d.dtype), ("BiasT", dt_bias.dtype)),
